@@ -1,0 +1,324 @@
+"""What a run leaves behind: metrics as JSONL, where it came from, files that are whole or absent.
+
+`RunLog` appends one JSON object per line and survives a kill in the middle of a line.
+`atomic_path` is how every file and folder of this project is written. No torch is imported.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PACKAGES = ("torch", "torchaudio", "transformers", "accelerate", "peft", "datasets")
+_PACKAGES += ("safetensors", "numpy", "soundfile", "soxr", "vllm", "vllm-omni")
+
+
+class RunLog:
+    """An append-only JSONL file, flushed line by line.
+
+    Opening an existing file cuts a last line that a kill left unfinished, so appending goes on
+    cleanly. Values may be numbers, text, lists, dicts, numpy or torch scalars; NaN and infinities
+    are written as the strings "nan", "inf" and "-inf" (JSON has no such numbers), which `float()`
+    reads back.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_unfinished_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, **values) -> None:
+        """Append one line, such as log(step=3, loss=2.5). Raises OSError on a full disk."""
+        with _explain_disk_full(self.path):
+            self._file.write(json.dumps(_plain(values), ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def rows(self) -> list[dict]:
+        return read_jsonl(self.path)
+
+    def cut_after(self, step: int) -> None:
+        """Drop rows whose `step` is greater: a run resumed at a checkpoint writes them again."""
+        kept = [row for row in self.rows() if row.get("step", step) <= step]
+        self._file.close()
+        with atomic_path(self.path) as temporary:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            temporary.write_text("".join(lines), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """All rows of a JSONL file; an unfinished last line is left out.
+
+    Raises ValueError with file and line for a broken line before the last.
+    """
+    rows = []
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):  # no newline behind it: the writer was killed here
+                break
+            raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
+    return rows
+
+
+def provenance(**extra) -> dict:
+    """Where a result comes from: code, versions, command, time; plus what the caller adds.
+
+    `git_commit` and `git_dirty` are those of the clone that higgs_lab runs from, None when it is
+    installed as a wheel. `extra` holds what only the caller knows (config, codec hash, seed).
+    """
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    commit, dirty = _git_state()
+    result = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": versions,
+        "platform": platform.platform(),
+    }
+    torch = sys.modules.get("torch")  # never imported just to ask
+    if torch is not None and torch.cuda.is_available():
+        result["device"] = torch.cuda.get_device_name()
+    return result | _plain(extra)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on leaving, what was made there becomes `path`.
+
+        with atomic_path("out/model") as temporary:
+            temporary.mkdir()
+            ...
+
+    The body writes a file or makes a folder there (the name keeps its suffix, as audio writers
+    look at it). It is synced to disk, then renamed. An existing `path` is replaced; for a folder
+    there is an instant in which neither stands, never one in which a half-written one does. If the
+    body raises, the temporary is removed and `path` is untouched. A full disk says so.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    try:
+        with _explain_disk_full(path):
+            yield temporary
+            if not temporary.exists():
+                raise RuntimeError(f"nothing was written to {temporary} for {path}")
+            _sync(temporary)
+            _replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def write_json_atomic(path: str | Path, obj: object) -> None:
+    with atomic_path(path) as temporary:
+        text = json.dumps(_plain(obj), ensure_ascii=False, indent=2)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove temporaries that a killed process left in a folder. Call it when no other writes."""
+    for leftover in Path(folder).glob(".tmp-*"):
+        _remove(leftover)
+
+
+class Progress:
+    """Progress of long work: share done, rate, time left; on stderr.
+
+    On a terminal one line is rewritten; otherwise (log files, CI) a line is printed every
+    `every_sec` and at the end. Work done before a resume is `start`: it counts as done, not for
+    the rate. Use as a context manager and call `update(n)`.
+    """
+
+    def __init__(
+        self,
+        total: float,
+        unit: str,
+        label: str = "",
+        start: float = 0,
+        every_sec: float = 10.0,
+        enabled: bool = True,
+    ):
+        self.total, self.unit, self.label, self.done = total, unit, label, start
+        self._start, self._begin, self._every_sec = start, time.monotonic(), every_sec
+        self._shown_at = self._begin
+        self._terminal = sys.stderr.isatty()
+        self._enabled = enabled
+        self._note = ""
+
+    def update(self, n: float = 1, note: str = "") -> None:
+        self.done += n
+        self._note = note
+        now = time.monotonic()
+        if now - self._shown_at >= (0.2 if self._terminal else self._every_sec):
+            self._shown_at = now
+            self._show("\r" if self._terminal else "")
+
+    def line(self) -> str:
+        """Such as "encode 120/600 clips (20 %), 3.1 clips/s, 2 min 35 s left"."""
+        elapsed = time.monotonic() - self._begin
+        rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
+        share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
+        parts = [
+            f"{self.label} {_number(self.done)}/{_number(self.total)} {self.unit}{share}".strip()
+        ]
+        if self.done >= self.total:
+            parts.append(f"{_number(rate)} {self.unit}/s, took {duration(elapsed)}")
+        elif rate > 0:
+            left = duration((self.total - self.done) / rate)
+            parts.append(f"{_number(rate)} {self.unit}/s, {left} left")
+        return ", ".join(parts + [self._note] * bool(self._note))
+
+    def close(self) -> None:
+        self._show("\r" if self._terminal else "", end="\n")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _show(self, lead: str, end: str | None = None) -> None:
+        if self._enabled:
+            clear = "\x1b[K" if self._terminal else ""
+            end = end or ("" if self._terminal else "\n")
+            print(lead + self.line() + clear, end=end, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Such as "45 s", "2 min 35 s", "3 h 05 min"."""
+    seconds = int(math.ceil(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) or value >= 100 else f"{value:.3g}"
+
+
+def _plain(value: object) -> object:
+    """Values as JSON knows them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch: scalars and arrays
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    raise TypeError(f"cannot write {type(value).__name__} {value!r} as JSON")
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        tail = b""
+        while end and b"\n" not in tail:
+            step = min(end, 65536)
+            end -= step
+            file.seek(end)
+            tail = file.read(step)
+        whole = end + tail.rfind(b"\n") + 1
+        if whole < size:
+            file.truncate(whole)
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here.parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # a venv inside another project is not us
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+@contextlib.contextmanager
+def _explain_disk_full(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = next(parent for parent in [path, *path.parents] if parent.is_dir())
+        free_mib = shutil.disk_usage(folder).free // 2**20
+        raise OSError(
+            error.errno,
+            f"the disk is full while writing {path} ({free_mib} MiB free in {folder}); nothing "
+            "half-written was left there: free some space and run the same command again",
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file and folder of a folder, to the disk."""
+    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if item.is_symlink():
+            continue
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    if path.is_dir():
+        old = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-old-{path.name}")
+        os.rename(path, old)
+        os.rename(temporary, path)
+        _remove(old)
+    else:
+        os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the new name itself
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
