@@ -99,7 +99,8 @@ def strip_tags(text: str) -> str:
     """
 
     def joint(match: re.Match) -> str:
-        before, after = text[: match.start()][-1:], text[match.end() :][:1]
+        start, end = match.span()
+        before, after = text[max(0, start - 1) : start], text[end : end + 1]
         return " " if before.isalnum() and after.isalnum() else ""
 
     words = re.sub(f"(?:{_TAG.pattern})+", joint, text)
