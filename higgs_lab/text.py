@@ -51,8 +51,8 @@ _CLOSERS = "\"'”’»›)]}」』】》〉）＂"
 _ABBREVIATIONS = frozenset(
     "dr mr mrs ms mx prof st rev hon gov pres gen col lt sgt capt cmdr maj adm jr sr vs etc vol "
     "fig pp approx dept inc ltd co corp bros ave blvd rd mt jan feb mar apr jun jul aug sep oct "
-    "sept nov dec bzw ca usw nr hr fr str evtl ggf inkl vgl bd abb tel mme mlle sra srta ud uds pág núm "
-    "dra ul tzn np tj např resp св стр им см".split()
+    "sept nov dec bzw ca usw nr hr fr str evtl ggf inkl vgl bd abb tel mme mlle sra srta ud uds "
+    "pág núm dra ul tzn np tj např resp св стр им см".split()
 )
 
 
