@@ -1,0 +1,89 @@
+"""Attention over packed documents: none sees another.
+
+Two twins behind one call, both fed by transformers' Qwen3 blocks:
+- "sdpa" with an explicit block-causal mask: the reference, runs anywhere;
+- "higgs_varlen": `torch.nn.attention.varlen`, flash attention on CUDA that skips what lies outside
+  a document and never builds a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+VARLEN = "higgs_varlen"
+
+
+def documents(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[L] index of the document that each position belongs to. cu_seqlens: int [D+1], from 0 to L."""
+    lengths = cu_seqlens.diff().long()
+    index = torch.arange(len(lengths), device=cu_seqlens.device)
+    return index.repeat_interleave(lengths, output_size=length)
+
+
+def packed_mask(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[1, 1, L, L] bool, True where a query (row) may see a key (column)."""
+    document = documents(cu_seqlens, length)
+    same = document[:, None] == document[None, :]
+    return (same & torch.ones_like(same).tril())[None, None]
+
+
+def packed_positions(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[1, L] position ids that start at 0 in each document."""
+    starts = cu_seqlens[:-1].long()[documents(cu_seqlens, length)]
+    return (torch.arange(length, device=cu_seqlens.device) - starts)[None]
+
+
+def _varlen_forward(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, H, L, d]
+    key: Tensor,  # [1, H_kv, L, d]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    **_: object,
+) -> tuple[Tensor, None]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = module.num_key_value_groups
+    if groups > 1:  # the grouped call is newer than torch 2.11
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    out = varlen_attn(
+        query[0].transpose(0, 1),  # [L, H, d]
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scaling,
+        **_causal_kwargs(varlen_attn),
+    )
+    return out[None], None
+
+
+def _causal_kwargs(varlen_attn) -> dict:
+    """torch 2.10 said is_causal=True, later releases window_size=(-1, 0)."""
+    import inspect
+
+    if "is_causal" in inspect.signature(varlen_attn).parameters:
+        return {"is_causal": True}
+    return {"window_size": (-1, 0)}
+
+
+AttentionInterface.register(VARLEN, _varlen_forward)
+
+
+def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the varlen kernel can run: CUDA, half precision, a torch that has it."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+    except ImportError:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,175 @@
+"""Packing examples into a position budget: no padding, no truncation, the same order for any rank.
+
+An epoch is a seeded shuffle cut into packs by first fit over a window of examples; packs are dealt
+to ranks in turn, so that all ranks take the same number of steps and one process that accumulates
+over N packs sees exactly what N processes see. The loader's position is three numbers, so a killed
+run goes on at the very pack it was about to take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from higgs_lab.prompt import Example
+
+
+@dataclass
+class Batch:
+    """Packed documents, L positions in one row."""
+
+    ids: Tensor  # [1, L]
+    is_audio: Tensor  # [1, L] bool
+    rows: Tensor  # [1, L, K]
+    labels: Tensor  # [1, L, K]
+    supervised: Tensor  # [1, L, K] bool
+    position_ids: Tensor  # [1, L], from 0 in each document
+    cu_seqlens: Tensor  # [D+1] int32; padding, if any, is one more document
+    max_seqlen: int
+    real_positions: int  # without padding
+    num_documents: int  # without padding
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            if isinstance(value := getattr(self, f.name), Tensor)
+            else value
+            for f in fields(self)
+        }
+        return Batch(**moved)
+
+    def inputs(self) -> dict:
+        """Keyword arguments of `Talker.forward`."""
+        names = ("ids", "is_audio", "rows", "position_ids", "cu_seqlens", "max_seqlen")
+        return {name: getattr(self, name) for name in names}
+
+
+def pack(examples: Sequence[Example], pad_to: int | None = None) -> Batch:
+    """Lay examples end to end; pad_to adds one unsupervised document for a static shape."""
+    if not examples:
+        raise ValueError("nothing to pack: no examples given")
+    lengths = [len(e.ids) for e in examples]
+    real = sum(lengths)
+    columns = [
+        torch.cat([getattr(e, name) for e in examples])
+        for name in ("ids", "is_audio", "rows", "labels", "supervised")
+    ]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    if pad_to is not None and pad_to != real:
+        missing = pad_to - real
+        if missing < 0:
+            raise ValueError(f"examples hold {real} positions, more than pad_to={pad_to}")
+        columns = [torch.cat([c, c.new_zeros((missing, *c.shape[1:]))]) for c in columns]
+        positions = torch.cat([positions, torch.arange(missing)])
+        lengths = [*lengths, missing]
+    ids, is_audio, rows, labels, supervised = (c[None] for c in columns)
+    return Batch(
+        ids=ids,
+        is_audio=is_audio,
+        rows=rows,
+        labels=labels,
+        supervised=supervised,
+        position_ids=positions[None],
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        max_seqlen=max(lengths),
+        real_positions=real,
+        num_documents=len(examples),
+    )
+
+
+def plan_packs(
+    lengths: np.ndarray, budget_positions: int, order: np.ndarray, window: int = 256
+) -> list[list[int]]:
+    """Cut `order` (indices into lengths) into packs of at most budget_positions each.
+
+    Within each window the longest go first and each goes to the first pack with room (first fit
+    decreasing); a pack's members keep the shuffled order of the packs among themselves.
+    """
+    packs: list[list[int]] = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        open_packs: list[list[int]] = []
+        room: list[int] = []
+        for index in sorted(part.tolist(), key=lambda i: (-lengths[i], i)):
+            need = int(lengths[index])
+            slot = next((s for s, free in enumerate(room) if free >= need), None)
+            if slot is None:
+                open_packs.append([])
+                room.append(budget_positions)
+                slot = len(room) - 1
+            open_packs[slot].append(index)
+            room[slot] -= need
+        packs += open_packs
+    return packs
+
+
+class PackedLoader:
+    """Endless iterator over packed batches of one rank.
+
+    lengths: positions of each example. build(index, epoch): makes the example; it is given the
+    epoch so that references may be drawn anew each time, from a seed and not from a global state.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        build: Callable[[int, int], Example],
+        budget_positions: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pad: bool = False,
+        packs_per_step: int = 1,
+    ):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        if len(self.lengths) == 0:
+            raise ValueError("no training examples: is the split empty, or did all rows get rejected?")
+        too_long = np.flatnonzero(self.lengths > budget_positions)
+        if len(too_long):
+            raise ValueError(
+                f"{len(too_long)} examples are longer than the budget of {budget_positions} positions "
+                f"(the longest has {int(self.lengths.max())}, the first is row {int(too_long[0])}): "
+                "raise budget_positions or drop them"
+            )
+        self.build, self.budget_positions, self.seed = build, budget_positions, seed
+        self.rank, self.world_size, self.pad = rank, world_size, pad
+        self.packs_per_step = packs_per_step  # over all ranks; an epoch holds whole steps
+        self.epoch, self.cursor = 0, 0  # cursor: packs of this epoch that the whole world has taken
+
+    def epoch_packs(self, epoch: int) -> list[list[int]]:
+        """All packs of an epoch in the order taken, the same on every rank.
+
+        Packs are shuffled, then filled up to whole steps with packs from the epoch's beginning, so
+        that no rank runs dry before another.
+        """
+        rng = np.random.default_rng([self.seed, epoch])
+        packs = plan_packs(self.lengths, self.budget_positions, rng.permutation(len(self.lengths)))
+        packs = [packs[i] for i in rng.permutation(len(packs))]
+        unit = int(np.lcm(self.world_size, self.packs_per_step))
+        missing = -len(packs) % unit
+        return packs + [packs[i % len(packs)] for i in range(missing)]
+
+    def steps_per_epoch(self) -> int:
+        return len(self.epoch_packs(0)) // self.packs_per_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            packs = self.epoch_packs(self.epoch)
+            while self.cursor < len(packs):
+                epoch, mine = self.epoch, packs[self.cursor + self.rank]
+                self.cursor += self.world_size
+                examples = [self.build(index, epoch) for index in mine]
+                yield pack(examples, self.budget_positions if self.pad else None)
+            self.epoch, self.cursor = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["seed"] != self.seed:
+            raise ValueError(f"the run used seed {state['seed']}, the config says {self.seed}")
+        self.epoch, self.cursor = state["epoch"], state["cursor"]

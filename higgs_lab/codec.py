@@ -1,0 +1,218 @@
+"""wav <-> codes with the codec bundled in the checkpoint.
+
+The model is transformers' `HiggsAudioV2TokenizerModel`. Its topology and rates come from the
+released v2 configuration (`codec_v2.json`; transformers' own defaults differ), its widths and layer
+counts from the bundled tensors' shapes, and loading is strict: an engine that loads with
+strict=False may run on random weights without a word (facts §1.3).
+
+Encoding is fp32 with TF32 off, the reference for training data. HuBERT normalises over time and
+convolutions see the edges, so padding changes codes: only clips of one length share a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
+
+from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
+from higgs_lab.vocab import CODEC_CONFIG
+
+# In the v3 bundle, but not in the model: HuBERT's pre-training mask (facts §1.5).
+MAY_BE_EXTRA = {"semantic_model.masked_spec_embed"}
+MIN_SAMPLES_SEC = 1.0  # shorter clips are zero-padded to it before encoding, as SGLang-Omni does
+
+
+class Codec:
+    """Frozen codec. codes are [T, K] int64 on the CPU, waves float32 numpy at `sample_rate_hz`."""
+
+    def __init__(self, model: HiggsAudioV2TokenizerModel, hash: str):
+        self.model = model.eval().requires_grad_(False)
+        self.hash = hash  # of configuration and weights; codes of another hash are another language
+        self.sample_rate_hz: int = model.config.sample_rate
+        self.samples_per_frame: int = model.config.hop_length
+        self.num_codebooks: int = model.config.num_quantizers
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Codec:
+        """Load the codec of a native checkpoint, or of a stand-alone `HiggsAudioV2TokenizerModel` folder.
+
+        Raises ValueError when the checkpoint bundles no codec, or its keys are not exactly the
+        model's.
+        """
+        path = Path(path)
+        files = NativeFiles(path)
+        bundled = files.keys(CODEC_PREFIX)
+        prefix = CODEC_PREFIX if bundled else ""
+        if not bundled and not any(k.startswith("quantizer.quantizers.0.") for k in files.keys()):
+            raise ValueError(
+                f"{path} bundles no codec (no key begins with {CODEC_PREFIX!r}): export it again from "
+                "a base that does, or use the original checkpoint"
+            )
+        # clone: the tensors map the file, which an export may replace
+        state = {k[len(prefix) :]: t.clone() for k, t in files.items(bundled or None)}
+        given = path / ("audio_tokenizer/config.json" if bundled else "config.json")
+        base = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else CODEC_CONFIG
+        config = codec_config(state, base)
+        with torch.device("meta"):
+            model = HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig(**copy.deepcopy(config)))
+        expected = model.state_dict()
+        missing = sorted(set(expected) - set(state))
+        extra = sorted(set(state) - set(expected) - MAY_BE_EXTRA)
+        if missing or extra:
+            raise ValueError(
+                f"{path}: the codec's keys do not match; missing {missing[:3]} ({len(missing)}), "
+                f"unknown {extra[:3]} ({len(extra)})"
+            )
+        wrong = [k for k, v in expected.items() if v.shape != state[k].shape]
+        if wrong:
+            k = wrong[0]
+            raise ValueError(
+                f"{path}: codec tensor {k!r} has shape {tuple(state[k].shape)}, the configuration "
+                f"says {tuple(expected[k].shape)}"
+            )
+        digest = codec_hash(config, state)
+        state = {k: t.to(dtype) for k, t in state.items() if k in expected}
+        model.load_state_dict(state, strict=True, assign=True)
+        return cls(model.to(device), digest)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.fc.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.fc.weight.dtype
+
+    def encode(self, wav: np.ndarray | Tensor) -> Tensor:
+        """wav [n] mono at `sample_rate_hz` -> codes [T, K]; T = ceil(n / samples_per_frame) or one less."""
+        return self.encode_batch([wav])[0]
+
+    def encode_batch(self, wavs: Sequence[np.ndarray | Tensor], max_batch_sec: float = 120) -> list[Tensor]:
+        """Same codes as one by one: only clips of equal sample count share a forward pass."""
+        tensors = [self._check(wav) for wav in wavs]
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for i, wav in enumerate(tensors):
+            by_length[len(wav)].append(i)
+        codes: list[Tensor | None] = [None] * len(tensors)
+        for length, members in by_length.items():
+            size = max(1, int(max_batch_sec * self.sample_rate_hz) // length)
+            for start in range(0, len(members), size):
+                part = members[start : start + size]
+                batch = torch.stack([tensors[i] for i in part])[:, None]  # [B, 1, n]
+                with torch.inference_mode(), exact_float32():
+                    out = self.model.encode(batch.to(self.device, self.dtype)).audio_codes  # [B, K, T]
+                for i, row in zip(part, out.transpose(1, 2).cpu(), strict=True):
+                    codes[i] = row.clone()
+        return codes  # type: ignore[return-value]
+
+    def decode(self, codes: Tensor) -> np.ndarray:
+        """codes [T, K] -> float32 [T * samples_per_frame]; T = 0 gives an empty wave."""
+        return self.decode_batch([codes])[0]
+
+    def decode_batch(self, codes: Sequence[Tensor], max_batch_frames: int = 4096) -> list[np.ndarray]:
+        """Decode many clips; again only equal lengths together."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for i, clip in enumerate(codes):
+            if clip.ndim != 2 or clip.shape[1] != self.num_codebooks:
+                raise ValueError(f"codes must be [T, {self.num_codebooks}], got {tuple(clip.shape)}")
+            if clip.numel() and not 0 <= int(clip.min()) <= int(clip.max()) < self.model.config.codebook_size:
+                raise ValueError("codes hold special ids: undelay the rows first")
+            by_length[len(clip)].append(i)
+        waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
+        for length, members in by_length.items():
+            size = max(1, max_batch_frames // max(length, 1))
+            for start in range(0, len(members) if length else 0, size):
+                part = members[start : start + size]
+                batch = torch.stack([codes[i].long().T for i in part]).to(self.device)  # [B, K, T]
+                with torch.inference_mode(), exact_float32():
+                    out = self.model.decode(batch).audio_values[:, 0].float().cpu().numpy()
+                for i, wave in zip(part, out, strict=True):
+                    waves[i] = wave[: length * self.samples_per_frame].copy()
+        return waves
+
+    def save_tokenizer_folder(self, out: str | Path) -> None:
+        """Write the codec as a stand-alone `HiggsAudioV2TokenizerModel` folder in fp32.
+
+        vLLM-Omni's clone encoder ignores the bundled codec and loads such a folder, named by
+        HIGGS_AUDIO_TOKENIZER_PATH (higgs_audio_v2_tokenizer.py).
+        """
+        copy.deepcopy(self.model).float().save_pretrained(out)
+
+    def _check(self, wav: np.ndarray | Tensor) -> Tensor:
+        tensor = torch.as_tensor(wav).detach().to("cpu", torch.float32)
+        if tensor.ndim != 1:
+            raise ValueError(f"wav must be mono [n], got shape {tuple(tensor.shape)}: down-mix it first")
+        if len(tensor) == 0 or not bool(torch.isfinite(tensor).all()):
+            raise ValueError("wav is empty or holds NaN or infinite samples")
+        short = int(MIN_SAMPLES_SEC * self.sample_rate_hz) - len(tensor)
+        return torch.nn.functional.pad(tensor, (0, short)) if short > 0 else tensor
+
+
+@contextmanager
+def exact_float32():
+    """No TF32 and no autotuned convolutions: codes must not depend on the card or the batch."""
+    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+
+
+def codec_config(state: dict[str, Tensor], base: dict) -> dict:
+    """`base` with every width and layer count replaced by what the tensors' shapes say."""
+    config = copy.deepcopy(base)
+    acoustic, semantic = config["acoustic_model_config"], config["semantic_model_config"]
+    try:
+        acoustic["encoder_hidden_size"] = state["acoustic_encoder.conv1.weight"].shape[0]
+        acoustic["hidden_size"] = state["acoustic_encoder.conv2.weight"].shape[0]
+        acoustic["decoder_hidden_size"] = state["acoustic_decoder.conv1.weight"].shape[0]
+        width = state["semantic_model.encoder.layer_norm.weight"].shape[0]
+        feed = state["semantic_model.encoder.layers.0.feed_forward.intermediate_dense.weight"]
+        position = state["semantic_model.encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
+        embed = state["quantizer.quantizers.0.codebook.embed"]
+    except KeyError as error:
+        raise ValueError(f"the codec lacks {error}: its tensors are not of a Higgs v2 tokenizer") from None
+    if semantic.get("hidden_size") != width:
+        # Head count leaves no trace in shapes; HuBERT keeps 64 channels a head.
+        semantic["num_attention_heads"] = max(1, width // 64)
+    semantic["hidden_size"], semantic["intermediate_size"] = width, feed.shape[0]
+    semantic["num_hidden_layers"] = _count(state, "semantic_model.encoder.layers.")
+    convolutions = _count(state, "semantic_model.feature_extractor.conv_layers.")
+    semantic["conv_dim"] = [
+        state[f"semantic_model.feature_extractor.conv_layers.{i}.conv.weight"].shape[0]
+        for i in range(convolutions)
+    ]
+    semantic["num_conv_pos_embeddings"] = position.shape[2]
+    semantic["num_conv_pos_embedding_groups"] = width // position.shape[1]
+    config["codebook_size"], config["codebook_dim"] = embed.shape
+    return config
+
+
+def _count(state: dict[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix))
+
+
+def codec_hash(config: dict, state: dict[str, Tensor]) -> str:
+    """16 hex digits over configuration and tensors, whatever the file or the stored dtype.
+
+    Values are hashed in fp32, so that a bf16 bundle and its fp32 `audio_tokenizer/` copy agree.
+    """
+    keep = ("sample_rate", "semantic_sample_rate", "downsample_factor", "target_bandwidths")
+    digest = hashlib.sha256(json.dumps({k: config[k] for k in keep}, sort_keys=True).encode())
+    for key in sorted(set(state) - MAY_BE_EXTRA):
+        digest.update(key.encode())
+        digest.update(state[key].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

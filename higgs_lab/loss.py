@@ -1,0 +1,89 @@
+"""Cross-entropy over codebooks as sums and counts; the caller adds them up and divides once.
+
+Dividing per sample or per micro-batch would weight short clips more and make the result depend
+on how a batch was cut (facts trap 34).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from higgs_lab.vocab import EOC
+
+
+@dataclass
+class LossSums:
+    """fp32 sums and counts per codebook, real codes and EOC apart. All [K]."""
+
+    code_sum: Tensor
+    code_count: Tensor
+    eoc_sum: Tensor
+    eoc_count: Tensor
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(*(a + b for a, b in zip(self.stack(), other.stack(), strict=True)))
+
+    def stack(self) -> Tensor:
+        """[4, K], for reducing over processes in one call."""
+        return torch.stack([self.code_sum, self.code_count, self.eoc_sum, self.eoc_count])
+
+    @classmethod
+    def unstack(cls, stacked: Tensor) -> LossSums:
+        return cls(*stacked)
+
+    def weighted(self, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(loss sum, weight sum) over codebooks, codes and EOC together; scalars."""
+        total, count = self.code_sum + self.eoc_sum, self.code_count + self.eoc_count
+        if weights is None:
+            return total.sum(), count.sum()
+        weights = weights.to(total)
+        return (total * weights).sum(), (count * weights).sum()
+
+    def means(self) -> dict[str, float]:
+        """Figures for the log: loss, loss_code/k, loss_eoc, loss_eoc/k. Empty parts are left out."""
+        total, count = self.weighted()
+        figures = {"loss": float(total / count.clamp(min=1))}
+        for k in range(len(self.code_sum)):
+            if self.code_count[k] > 0:
+                figures[f"loss_code/{k}"] = float(self.code_sum[k] / self.code_count[k])
+        if self.eoc_count.sum() > 0:
+            figures["loss_eoc"] = float(self.eoc_sum.sum() / self.eoc_count.sum())
+            # The stop decision both engines read: codebook 0's EOC.
+            figures["loss_eoc/0"] = float(self.eoc_sum[0] / self.eoc_count[0].clamp(min=1))
+        return figures
+
+
+def codebook_loss(
+    logits: Tensor, labels: Tensor, supervised: Tensor, chunk_positions: int = 1024
+) -> LossSums:
+    """Masked cross-entropy sums of logits [N, K, V] against labels [N, K] where supervised [N, K].
+
+    Logits are raised to fp32 chunk by chunk, so that [N, K, V] in fp32 never exists as a whole.
+    """
+    N, K, V = logits.shape
+    if labels.shape != (N, K) or supervised.shape != (N, K):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need labels and supervised of shape {(N, K)}, got "
+            f"{tuple(labels.shape)} and {tuple(supervised.shape)}"
+        )
+    sums = logits.new_zeros((4, K), dtype=torch.float32)
+    for start in range(0, N, chunk_positions):
+        part = slice(start, start + chunk_positions)
+        nll = F.cross_entropy(
+            logits[part].float().reshape(-1, V), labels[part].reshape(-1), reduction="none"
+        ).view(-1, K)
+        is_eoc = supervised[part] & (labels[part] == EOC)
+        is_code = supervised[part] & ~is_eoc
+        sums = sums + torch.stack(
+            [
+                (nll * is_code).sum(0),
+                is_code.sum(0).float(),
+                (nll * is_eoc).sum(0),
+                is_eoc.sum(0).float(),
+            ]
+        )
+    return LossSums.unstack(sums)
