@@ -1,0 +1,282 @@
+"""serve.client against a small HTTP server that answers as the engines do."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import threading
+import wave
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from higgs_lab.manifest import Utterance
+from serve import client
+from serve.client import ServerError, load_reference, pcm_to_wav, request_body, speak, stream
+from serve.client_cli import speak_manifest
+
+ONE_SECOND = pcm_to_wav(np.full(24000, 100, "<i2").tobytes())
+
+
+class FakeServer:
+    """Answers from a list of (status, body); the last one is repeated. Keeps what it was asked."""
+
+    def __init__(self):
+        self.answers: list[tuple[int, bytes]] = [(200, ONE_SECOND)]
+        self.asked: list[tuple[str, dict, bytes]] = []  # path, headers, body
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with lock:
+                    outer.asked.append((self.path, dict(self.headers), body))
+                    many = len(outer.answers) > 1
+                    status, data = outer.answers.pop(0) if many else outer.answers[0]
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def json(self, number: int = -1) -> dict:
+        return json.loads(self.asked[number][2])
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server():
+    fake = FakeServer()
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+
+
+def test_trap25_sampling_goes_where_each_engine_reads_it():
+    """vLLM-Omni ignores top-level temperature; SGLang-Omni knows no extra_params."""
+    knobs = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 7, "max_new_tokens": 100}
+    vllm = request_body("Hi.", **knobs)
+    assert vllm["extra_params"] == {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
+    assert "temperature" not in vllm and "top_k" not in vllm and "top_p" not in vllm
+    sglang = request_body("Hi.", dialect="sglang", **knobs)
+    assert "extra_params" not in sglang
+    assert (sglang["temperature"], sglang["top_k"], sglang["top_p"]) == (0.8, 50, 0.9)
+    for body in (vllm, sglang):
+        assert (body["seed"], body["max_new_tokens"]) == (7, 100)
+
+
+def test_zero_is_a_value_and_none_is_not():
+    body = request_body("Hi.", temperature=0.0, seed=0, top_p=None)
+    assert body["extra_params"] == {"temperature": 0.0} and body["seed"] == 0
+
+
+def test_trap24_openai_name_max_tokens_is_refused_because_servers_ignore_it():
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        request_body("Hi.", max_tokens=50)
+
+
+def test_trap29_smuggled_control_token_is_refused_before_sending(server):
+    with pytest.raises(ValueError, match=r"<\|audio\|>"):
+        speak(server.url, "Say <|audio|> now")
+    with pytest.raises(ValueError):
+        speak(server.url, "Hi.", ref_audio=ONE_SECOND, ref_text="x <|endoftext|>")
+    assert server.asked == []
+
+
+def test_known_tag_passes(server):
+    speak(server.url, "<|emotion:elation|>Great!")
+    assert server.json()["input"] == "<|emotion:elation|>Great!"
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"ref_text": "hello"}, "without ref_audio"),
+        ({"reference": "data:x", "voice": "ann"}, "not both"),
+        ({"response_format": "aac"}, "response_format"),
+        ({"dialect": "openai"}, "dialect"),
+        ({"stream": True, "response_format": "mp3"}, "streaming"),
+        ({"stream": True, "speed": 1.5}, "speed"),
+    ],
+)
+def test_what_the_server_would_refuse_or_ignore_is_refused_here(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        request_body("Hi.", **kwargs)
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_empty_text_is_refused(text):
+    with pytest.raises(ValueError, match="empty"):
+        request_body(text)
+
+
+def wav_of(seconds: float, channels: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(24000)
+        file.writeframes(bytes(int(seconds * 24000) * 2 * channels))
+    return buffer.getvalue()
+
+
+def test_trap21_reference_length_is_checked_before_sending(tmp_path):
+    for seconds in (0.5, 31.0):
+        path = tmp_path / "ref.wav"
+        path.write_bytes(wav_of(seconds))
+        with pytest.raises(ValueError, match=r"ref.wav lasts .* 1 to 30 s"):
+            load_reference(path)
+    assert load_reference(wav_of(31.0), dialect="sglang").startswith("data:audio/wav;base64,")
+    assert load_reference(wav_of(2.0)).startswith("data:")
+    assert load_reference("https://host/x.wav") == "https://host/x.wav"
+
+
+def test_reference_that_is_no_audio_is_refused(tmp_path):
+    path = tmp_path / "ref.wav"
+    path.write_text("this is text")
+    with pytest.raises(ValueError, match="no audio"):
+        load_reference(path)
+    with pytest.raises(FileNotFoundError):
+        load_reference(tmp_path / "missing.wav")
+
+
+def test_reference_reaches_the_server_byte_for_byte(server, tmp_path):
+    path = tmp_path / "ref.flac"
+    import base64
+
+    import soundfile
+
+    soundfile.write(path, np.linspace(-0.5, 0.5, 36000), 24000)
+    speak(server.url, "Hi.", ref_audio=path, ref_text="What it says.")
+    kind, _, data = server.json()["ref_audio"].partition(",")
+    assert kind == "data:audio/flac;base64" and base64.b64decode(data) == path.read_bytes()
+    assert server.json()["ref_text"] == "What it says."
+
+
+def test_retries_overload_and_server_errors_but_not_bad_requests(server, no_wait):
+    server.answers = [(503, b"busy"), (500, b"oops"), (200, ONE_SECOND)]
+    assert speak(server.url, "Hi.") == ONE_SECOND
+    assert len(server.asked) == 3
+    server.answers = [(400, b'{"error":{"message":"Unknown voice"}}')]
+    with pytest.raises(ServerError, match="400: Unknown voice") as caught:
+        speak(server.url, "Hi.")
+    assert caught.value.status == 400 and len(server.asked) == 4
+
+
+def test_gives_up_after_the_retries_and_says_what_the_server_said(server, no_wait):
+    server.answers = [(500, b'{"error":{"message":"EngineCore died"}}')]
+    with pytest.raises(ServerError, match="EngineCore died"):
+        speak(server.url, "Hi.", retries=2)
+    assert len(server.asked) == 3
+
+
+def test_no_server_is_a_server_error_without_status(no_wait):
+    with pytest.raises(ServerError, match="no answer") as caught:
+        speak("http://127.0.0.1:9", "Hi.", retries=1)
+    assert caught.value.status is None
+
+
+def test_an_error_inside_a_200_is_an_error(server, no_wait):
+    """vLLM-Omni answers 200 and puts the error in the body when the engine refuses late."""
+    server.answers = [(200, b'{"error":{"message":"stop ids out of vocabulary"}}')]
+    with pytest.raises(ServerError, match="stop ids"):
+        speak(server.url, "Hi.", retries=0)
+    with pytest.raises(ServerError, match="stop ids"):
+        list(stream(server.url, "Hi."))
+
+
+def test_api_key_travels_as_bearer(server):
+    speak(server.url, "Hi.", api_key="s3cret")
+    assert server.asked[-1][1]["Authorization"] == "Bearer s3cret"
+
+
+def test_long_text_is_split_and_joined_into_one_wav(server):
+    text = " ".join(f"This is the sentence with the number {i} in it." for i in range(20))
+    data = speak(server.url, text)
+    assert len(server.asked) > 1
+    assert " ".join(server.json(i)["input"] for i in range(len(server.asked))) == text
+    with wave.open(io.BytesIO(data)) as file:
+        fade = round(0.02 * 24000)
+        assert file.getframerate() == 24000
+        assert file.getnframes() == 24000 * len(server.asked) - fade * (len(server.asked) - 1)
+
+
+def test_formats_that_cannot_be_joined_are_not_split(server):
+    speak(server.url, "One sentence here. " * 60, response_format="mp3")
+    assert len(server.asked) == 1
+
+
+def test_stream_asks_for_raw_pcm_and_never_cuts_a_sample(server):
+    server.answers = [(200, bytes(range(256)) * 1001)]
+    pieces = list(stream(server.url, "Hi.", temperature=0.5))
+    assert all(len(piece) % 2 == 0 for piece in pieces)
+    assert b"".join(pieces) == bytes(range(256)) * 1001
+    body = server.json()
+    assert (body["stream"], body["stream_format"], body["response_format"]) == (True, "audio", "pcm")
+
+
+def rows_of(number: int) -> list[Utterance]:
+    return [Utterance(audio=None, text=f"Text {i}.", id=f"row{i}") for i in range(number)]
+
+
+def test_batch_writes_all_and_resumes_without_asking_again(server, tmp_path):
+    assert speak_manifest(server.url, rows_of(5), tmp_path, concurrency=2) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.wav")) == [f"row{i}.wav" for i in range(5)]
+    (tmp_path / "row3.wav").unlink()
+    asked = len(server.asked)
+    assert speak_manifest(server.url, rows_of(5), tmp_path, concurrency=2) == 0
+    assert len(server.asked) == asked + 1 and server.json()["input"] == "Text 3."
+    lines = (tmp_path / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"row{i}" for i in range(5)]
+
+
+def test_batch_records_failures_and_goes_on(server, tmp_path, no_wait):
+    server.answers = [(200, ONE_SECOND), (400, b'{"error":{"message":"bad"}}'), (200, ONE_SECOND)]
+    assert speak_manifest(server.url, rows_of(4), tmp_path, concurrency=1) == 1
+    failure = json.loads((tmp_path / "failures.jsonl").read_text())
+    assert failure["id"] == "row1" and "bad" in failure["error"]
+    assert len(list(tmp_path.glob("*.wav"))) == 3
+
+
+def test_batch_stops_when_the_server_is_gone(server, tmp_path, no_wait):
+    server.stop()
+    with pytest.raises(ServerError):
+        speak_manifest(server.url, rows_of(50), tmp_path, concurrency=2, retries=0)
+    assert (tmp_path / "manifest.jsonl").read_text() == ""
+
+
+def test_voice_upload_needs_consent_and_sends_a_form(server, tmp_path):
+    path = tmp_path / "ann.wav"
+    path.write_bytes(wav_of(2.0))
+    with pytest.raises(ValueError, match="consent"):
+        client.add_voice(server.url, "ann", path, consent=" ")
+    server.answers = [(200, b'{"voice": {"name": "ann"}}')]
+    assert client.add_voice(server.url, "ann", path, "signed", ref_text="Hi.")["name"] == "ann"
+    sent, headers, body = server.asked[-1]
+    assert sent == "/v1/audio/voices" and headers["Content-Type"].startswith("multipart/form-data")
+    assert path.read_bytes() in body and b'name="consent"\r\n\r\nsigned' in body
+
+
+def test_no_torch_is_imported():
+    code = "import sys, serve.client, serve.client_cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
