@@ -1,0 +1,187 @@
+"""The Python API: `higgs_lab.load(...)` and `.speak(...)`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from higgs_lab.checkpoint import Checkpoint, load_talker, resolve_checkpoint
+from higgs_lab.codec import Codec
+from higgs_lab.generate import Generation, Sampling, generate
+from higgs_lab.prompt import render_prompt
+from higgs_lab.talker import Talker
+from higgs_lab.text import join_waves, max_frames_for, split_text
+from higgs_lab.vocab import Vocab
+
+Reference = str | Path | np.ndarray | Tensor | None
+
+
+@dataclass
+class SpeechInfo:
+    """How a wave came about."""
+
+    codes: Tensor  # [T, K] of all chunks
+    stop_reason: str  # "eoc", or "max_frames" when any chunk ran into its cap
+    seconds: float
+    frames: int
+    seed: int
+    chunks: list[str]  # the texts as they were spoken, one by one
+    generations: list[Generation]  # of each chunk
+
+
+class Higgs:
+    """A talker with its codec and vocabulary, ready to speak."""
+
+    def __init__(self, talker: Talker, codec: Codec, vocab: Vocab, checkpoint: Checkpoint):
+        self.talker, self.codec, self.vocab, self.checkpoint = talker, codec, vocab, checkpoint
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.codec.sample_rate_hz
+
+    def encode_reference(self, ref_audio: Reference) -> Tensor | None:
+        """A file, a wave at 24 kHz or codes [T, K] -> codes."""
+        if ref_audio is None:
+            return None
+        if isinstance(ref_audio, (str, Path)):
+            from higgs_lab.audio import read_audio
+
+            return self.codec.encode(read_audio(ref_audio, self.sample_rate_hz))
+        if isinstance(ref_audio, Tensor) and ref_audio.ndim == 2:
+            return ref_audio
+        return self.codec.encode(ref_audio)
+
+    def speak(
+        self,
+        text: str | Sequence[str],
+        ref_audio: Reference | Sequence[Reference] = None,
+        ref_text: str | None | Sequence[str | None] = None,
+        sampling: Sampling | None = None,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        max_chars: int | None = None,
+    ):
+        """Speak a text, or a list of texts in batches.
+
+        ref_audio: the voice to clone, a file, a float wave [n] at 24 kHz or codes [T, K]; a list
+        gives each text its own. ref_text: its exact transcript. A long text is split at sentence
+        bounds and joined; without a reference its first chunk gives the others their voice.
+        Each request is capped by its text's length (text.max_frames_for) and sampling.max_frames.
+
+        Returns (wav float32 [n] at 24 kHz, SpeechInfo), or a list of such pairs for a list.
+        Raises ValueError for empty texts, control tokens in the text, unreadable references.
+        """
+        single = isinstance(text, str)
+        texts = [text] if single else list(text)
+        sampling = sampling or Sampling()
+        per_text = _spread(ref_audio, len(texts), "ref_audio", (list, tuple))
+        per_ref_text = _spread(ref_text, len(texts), "ref_text", (list, tuple))
+        seeds = _spread(sampling.seed if seed is None else seed, len(texts), "seed", (list, tuple))
+        known: dict[int, Tensor | None] = {}  # the same reference object is encoded once
+        references = []
+        for ref in per_text:
+            key = hash(ref) if isinstance(ref, (str, Path)) else id(ref)
+            if key not in known:
+                known[key] = self.encode_reference(ref)
+            references.append(known[key])
+        options = {} if max_chars is None else {"max_chars": max_chars}
+        chunks = []
+        for one in texts:
+            self.vocab.encode(one)  # refuses bad text before any of it is spoken
+            chunks.append(split_text(one, **options))
+        voices = [(ref, said) for ref, said in zip(references, per_ref_text, strict=True)]
+        done: dict[tuple[int, int], Generation] = {}
+        # First each text's first chunk, which may become the voice of the rest; then the rest.
+        first = [(i, 0) for i in range(len(texts))]
+        rest = [(i, j) for i in range(len(texts)) for j in range(1, len(chunks[i]))]
+        for jobs in (first, rest):
+            for start in range(0, len(jobs), batch_size):
+                part = jobs[start : start + batch_size]
+                prompts, settings = [], []
+                for i, j in part:
+                    ref, said = voices[i]
+                    if ref is None and j > 0 and len(done[i, 0].codes):
+                        ref, said = done[i, 0].codes, chunks[i][0]
+                    prompts.append(render_prompt(self.vocab, chunks[i][j], ref, said))
+                    cap = max_frames_for(chunks[i][j], self.vocab.frame_rate_hz)
+                    settings.append(
+                        replace(
+                            sampling,
+                            seed=int(seeds[i]) + 1_000_003 * j,
+                            max_frames=min(sampling.max_frames, cap),
+                        )
+                    )
+                for job, result in zip(part, generate(self.talker, prompts, settings), strict=True):
+                    done[job] = result
+        order = [*first, *rest]
+        decoded = self.codec.decode_batch([done[job].codes for job in order])
+        waves = dict(zip(order, decoded, strict=True))
+        results = []
+        for i, parts in enumerate(chunks):
+            pieces = [done[i, j] for j in range(len(parts))]
+            wav = join_waves([waves[i, j] for j in range(len(parts))], self.sample_rate_hz)
+            codes = torch.cat([piece.codes for piece in pieces])
+            capped = any(piece.stop_reason != "eoc" for piece in pieces)
+            results.append(
+                (
+                    wav,
+                    SpeechInfo(
+                        codes=codes,
+                        stop_reason="max_frames" if capped else "eoc",
+                        seconds=len(wav) / self.sample_rate_hz,
+                        frames=len(codes),
+                        seed=int(seeds[i]),
+                        chunks=list(parts),
+                        generations=pieces,
+                    ),
+                )
+            )
+        return results[0] if single else results
+
+
+def _spread(value, count: int, name: str, many: tuple[type, ...]) -> list:
+    """One value for all, or a list of as many as there are texts."""
+    if not isinstance(value, many):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} texts")
+    return list(value)
+
+
+def load(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Higgs:
+    """Load "nano", a directory or a hub name (org/name@revision), with an adapter merged if given.
+
+    device: CUDA when there is one. dtype: the stored one (bf16) on CUDA, float32 on the CPU, where
+    bf16 is slow. The codec runs in float32 everywhere.
+    """
+    started = time.monotonic()
+    checkpoint = resolve_checkpoint(model)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    talker = load_talker(checkpoint.path, device, dtype)
+    if adapter is not None:
+        from higgs_lab.adapter import load_adapter, merge_lora
+
+        talker = merge_lora(load_adapter(talker, adapter, base=checkpoint.path)).eval()
+    higgs = Higgs(
+        talker,
+        Codec.from_pretrained(checkpoint.path, device),
+        Vocab.from_pretrained(checkpoint.path),
+        checkpoint,
+    )
+    higgs.load_sec = time.monotonic() - started
+    return higgs
