@@ -71,6 +71,36 @@ def read_audio(
     return resample(mono, info.sample_rate_hz, sample_rate_hz)
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What a listener would complain about, and what a fine-tune learns as style."""
+
+    peak: float  # largest absolute sample
+    clipped_share: float  # share of samples at full scale
+    level_dbfs: float  # RMS of the speech, pauses left out; -inf for a silent clip
+    lead_silence_sec: float
+    tail_silence_sec: float
+
+
+def measure_levels(wav: np.ndarray, sample_rate_hz: int) -> Levels:
+    """Levels of mono samples [n]. Speech is each 20 ms frame within 35 dB of the loudest one."""
+    samples = np.abs(np.asarray(wav, dtype=np.float64))
+    frame = max(1, round(0.02 * sample_rate_hz))
+    padded = np.pad(samples, (0, -len(samples) % frame)).reshape(-1, frame)
+    power = (padded**2).mean(axis=1)
+    speech = np.flatnonzero(power > max(power.max(initial=0.0) * 10**-3.5, 1e-8))  # -80 dBFS
+    if len(speech) == 0:
+        seconds = len(samples) / sample_rate_hz
+        return Levels(float(samples.max(initial=0.0)), 0.0, float("-inf"), seconds, seconds)
+    return Levels(
+        peak=float(samples.max()),
+        clipped_share=float((samples >= 0.999).mean()),
+        level_dbfs=float(10 * np.log10(power[speech].mean())),
+        lead_silence_sec=speech[0] * frame / sample_rate_hz,
+        tail_silence_sec=max(0.0, (len(samples) - (speech[-1] + 1) * frame) / sample_rate_hz),
+    )
+
+
 def resample(wav: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     """Mono samples [n] at another rate, float32 [about n * to_hz / from_hz]; soxr HQ."""
     wav = np.ascontiguousarray(wav, dtype=np.float32)

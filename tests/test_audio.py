@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from higgs_lab import runlog
-from higgs_lab.audio import audio_info, read_audio, resample, write_wav
+from higgs_lab.audio import audio_info, measure_levels, read_audio, resample, write_wav
 
 
 def _sine(hz, sample_rate_hz, sec=1.0, amplitude=0.5):
@@ -163,3 +163,17 @@ def test_real_speech_at_every_rate(speech_dir):
         assert abs(len(wav) / 24000 - info.seconds) < 0.001
         assert 0.001 < _rms(wav) < 0.5
     assert rates == {16000, 22050, 24000, 44100}
+
+
+def test_trap32_levels_clipping_and_edge_silence_are_measured():
+    quiet = np.zeros(12000, dtype=np.float32)
+    wav = np.concatenate([quiet, _sine(440, 24000, 2.0), quiet, quiet])
+    levels = measure_levels(wav, 24000)
+    assert levels.level_dbfs == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.1)
+    assert levels.lead_silence_sec == pytest.approx(0.5, abs=0.02)
+    assert levels.tail_silence_sec == pytest.approx(1.0, abs=0.02)
+    assert levels.clipped_share == 0 and levels.peak == pytest.approx(0.5, abs=1e-3)
+    clipped = measure_levels(np.clip(3 * wav, -1, 1), 24000)
+    assert 0.2 < clipped.clipped_share < 0.5 and clipped.peak == 1
+    silent = measure_levels(quiet, 24000)
+    assert silent.level_dbfs == -np.inf and silent.lead_silence_sec == 0.5
