@@ -95,6 +95,15 @@ STUBS: dict[str, dict[str, dict[str, object]]] = {
         # Decoding of media files and the HTTP client around it; the tests bring samples.
         "sglang_omni.preprocessing.audio": {"AudioMediaIO": None},
         "sglang_omni.preprocessing.resource_connector": {"global_http_connection": None},
+        # Messages between stages, and the scheduler around the decoding that is tested.
+        "sglang_omni.proto": {"StagePayload": None},
+        "sglang_omni.scheduling.streaming_vocoder": {
+            "INITIAL_CODEC_CHUNK_FRAMES_PARAM": "initial_codec_chunk_frames",
+            "resolve_initial_codec_chunk_frames": _stand_in_function("sglang chunk frames"),
+            "StreamingVocoderBase": type(
+                "StreamingVocoderBase", (), {"__class_getitem__": classmethod(lambda cls, _: cls)}
+            ),
+        },
         "sglang_omni.platforms": {"current_platform": SimpleNamespace(device_type="cpu")},
     },
 }
