@@ -201,7 +201,9 @@ def keep_probabilities(logits: Tensor, options: SamplingTensors) -> tuple[Tensor
     top = top.masked_fill(rank >= options.top_k, float("-inf"))
     probs = top.softmax(-1)
     before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill((before > options.top_p) & (rank > 0), 0)
+    # rounding lifts `before` over 1 in the tail: top_p = 1 must cut nothing
+    cut = (before > options.top_p) & (rank > 0) & (options.top_p < 1)
+    probs = probs.masked_fill(cut, 0)
     return probs, ids
 
 

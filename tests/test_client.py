@@ -232,7 +232,11 @@ def test_stream_asks_for_raw_pcm_and_never_cuts_a_sample(server):
     assert all(len(piece) % 2 == 0 for piece in pieces)
     assert b"".join(pieces) == bytes(range(256)) * 1001
     body = server.json()
-    assert (body["stream"], body["stream_format"], body["response_format"]) == (True, "audio", "pcm")
+    assert (body["stream"], body["stream_format"], body["response_format"]) == (
+        True,
+        "audio",
+        "pcm",
+    )
 
 
 def rows_of(number: int) -> list[Utterance]:
