@@ -1,0 +1,105 @@
+"""Tiny judges with random weights, in the formats of the real ones.
+
+They hear and recognise nothing. They exist so that every code path of the evaluation runs offline
+in seconds through the same loaders as whisper-large and the VoxCeleb ECAPA.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from higgs_lab.runlog import atomic_path
+
+# The multilingual tokenizer's size with 99 languages (all but large-v3, which adds Cantonese).
+WHISPER_VOCAB = 51865
+
+# Same shape as speechbrain/spkrec-ecapa-voxceleb's file, but for the sizes and for the paths: with
+# no paths named, the files are looked for beside this one, wherever the folder is moved to.
+_ECAPA_YAML = """\
+# Speaker embedding with random weights, for trying out code paths. Load with
+# speechbrain.inference.speaker.EncoderClassifier.from_hparams(source=THIS_FOLDER)
+n_mels: 80
+out_n_neurons: 2
+lin_neurons: 32
+
+compute_features: !new:speechbrain.lobes.features.Fbank
+    n_mels: !ref <n_mels>
+
+mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+    norm_type: sentence
+    std_norm: False
+
+embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
+    input_size: !ref <n_mels>
+    channels: [16, 16, 16, 16, 48]
+    kernel_sizes: [5, 3, 3, 3, 1]
+    dilations: [1, 2, 3, 4, 1]
+    groups: [1, 1, 1, 1, 1]
+    attention_channels: 16
+    res2net_scale: 4
+    se_channels: 16
+    lin_neurons: !ref <lin_neurons>
+
+classifier: !new:speechbrain.lobes.models.ECAPA_TDNN.Classifier
+    input_size: !ref <lin_neurons>
+    out_neurons: !ref <out_n_neurons>
+
+modules:
+    compute_features: !ref <compute_features>
+    mean_var_norm: !ref <mean_var_norm>
+    embedding_model: !ref <embedding_model>
+    classifier: !ref <classifier>
+
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        embedding_model: !ref <embedding_model>
+        classifier: !ref <classifier>
+"""
+
+
+def random_whisper(path: str | Path, seed: int = 0) -> Path:
+    """Write an openai-whisper checkpoint of random weights; `whisper.load_model(path)` reads it.
+
+    One layer of 16 dimensions, multilingual vocabulary, a text context of 64 tokens (so at most 32
+    are written per window); about 2 MB. Returns the path.
+    """
+    import torch
+    from whisper.model import ModelDimensions, Whisper
+
+    dims = dict(n_mels=80, n_vocab=WHISPER_VOCAB, n_audio_ctx=1500, n_text_ctx=64)
+    for side in ("audio", "text"):
+        dims |= {f"n_{side}_state": 16, f"n_{side}_head": 2, f"n_{side}_layer": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Whisper(ModelDimensions(**dims))
+        for parameter in model.parameters():  # Whisper leaves two tables uninitialised
+            torch.nn.init.normal_(parameter, std=0.3)
+    # The published files hold fp16 too; load_model copies it into fp32 parameters.
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    # Through memory: torch writes the file's own (temporary) name into it, and the same seed
+    # should give the same bytes.
+    buffer = io.BytesIO()
+    torch.save({"dims": dims, "model_state_dict": weights}, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return Path(path)
+
+
+def random_ecapa(folder: str | Path, seed: int = 0) -> Path:
+    """Write a SpeechBrain ECAPA-TDNN folder of random weights (32 dimensions; about 0.1 MB).
+
+    `EncoderClassifier.from_hparams(source=folder)` reads it. Returns the folder.
+    """
+    import torch
+    from hyperpyyaml import load_hyperpyyaml
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = load_hyperpyyaml(_ECAPA_YAML)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "hyperparams.yaml").write_text(_ECAPA_YAML, encoding="utf-8")
+        for name in ("embedding_model", "classifier"):
+            torch.save(parts[name].state_dict(), temporary / f"{name}.ckpt")
+    return Path(folder)

@@ -1,0 +1,185 @@
+"""eval.metrics: error counts are jiwer's, failures are all wrong, nothing vanishes from a mean."""
+
+from __future__ import annotations
+
+import jiwer
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval.metrics import (
+    AudioFacts,
+    audio_facts,
+    char_errors,
+    loops,
+    score_clip,
+    summarise,
+    word_errors,
+)
+
+FINE = AudioFacts(2.0, 1.8, 0.1, 0.1, -25.0, 0.0)
+words = st.lists(st.sampled_from("a b c der dir हिन्दी был".split()), max_size=12).map(" ".join)
+
+
+def clip(text="one two three four", heard="one two three four", lang="en", audio=FINE, **kw):
+    return {"language": lang} | score_clip(text, heard, lang, audio=audio, **kw)
+
+
+@settings(max_examples=200, deadline=None)
+@given(words.filter(bool), words)
+def test_word_and_char_rates_equal_jiwers_on_the_same_strings(reference, hypothesis):
+    by_word, by_char = word_errors(reference, hypothesis), char_errors(reference, hypothesis)
+    assert by_word.errors / by_word.units == pytest.approx(jiwer.wer(reference, hypothesis))
+    assert by_char.errors / by_char.units == pytest.approx(jiwer.cer(reference, hypothesis))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(words.filter(bool), words), min_size=1, max_size=8))
+def test_corpus_rate_of_a_summary_equals_jiwers_corpus_rate(pairs):
+    scores = [clip(reference, hypothesis) for reference, hypothesis in pairs]
+    valid = [(r, h) for (r, h), s in zip(pairs, scores, strict=True) if s["failure"] is None]
+    if valid:
+        block = summarise(scores)["overall"]
+        assert block["error_valid"]["value"] == pytest.approx(
+            jiwer.wer([r for r, _ in valid], [h for _, h in valid])
+        )
+
+
+def test_insertions_deletions_and_substitutions_are_told_apart():
+    score = clip("a b c d", "x b c d e f")
+    assert (score["substitutions"], score["deletions"], score["insertions"]) == (1, 0, 2)
+    score = clip("a b c d", "a d")
+    assert (score["substitutions"], score["deletions"], score["insertions"]) == (0, 2, 0)
+
+
+def test_an_empty_reference_raises():
+    with pytest.raises(ValueError, match="reference is empty"):
+        word_errors("", "a")
+    with pytest.raises(ValueError, match="no words are left of '\\?!'"):
+        clip("?!")
+
+
+@pytest.mark.parametrize(
+    ("failure", "options"),
+    [
+        ("missing", dict(audio=None, heard="")),
+        ("empty", dict(audio=AudioFacts(0.1, 0.1, 0, 0, -20.0, 0))),
+        ("silent", dict(audio=AudioFacts(3.0, 0.0, 3.0, 0, None, 0))),
+        ("runaway", dict(audio=AudioFacts(30.0, 29.0, 0, 0, -20.0, 0))),
+        ("runaway", dict(hit_cap=True)),
+        ("loop", dict(heard="one two three four " + "three four " * 4)),
+    ],
+)
+def test_a_failed_clip_has_all_its_words_wrong_whatever_was_heard(failure, options):
+    """A recogniser hallucinates on silence; a perfect text from a runaway clip is no success."""
+    score = clip(**options)
+    assert score["failure"] == failure
+    assert score["errors"] == score["units"] == 4
+    assert score["char_errors"] == score["chars"]
+    summary = summarise([score, clip()])["overall"]
+    assert summary["error"]["value"] == pytest.approx(0.5)
+    assert summary["error_valid"]["value"] == 0
+    assert summary["failed"] == summary["failures"][failure] == 1
+
+
+def test_leaving_a_clip_out_is_not_better_than_speaking_it_badly():
+    spoken_badly = [clip(), clip(heard="one two three five")]
+    not_spoken = [clip(), clip(audio=None, heard="")]
+    rates = [summarise(s)["overall"]["error"]["value"] for s in (spoken_badly, not_spoken)]
+    assert rates[0] < rates[1]
+
+
+def test_a_long_recording_by_a_human_makes_room_for_a_long_clip():
+    slow = AudioFacts(9.0, 8.0, 0, 0, -20.0, 0)
+    assert clip(audio=slow)["failure"] == "runaway"
+    assert clip(audio=slow, human=AudioFacts(5.0, 4.0, 0, 0, -20.0, 0))["failure"] is None
+
+
+def test_repetition_in_the_text_itself_is_no_loop():
+    assert loops("no no no no no".split(), "no".split())
+    assert not loops("no no no no no".split(), "no no no no no".split())
+    assert not loops("a b c d e f g h".split(), "a".split())
+    assert loops("x a b a b a b a b".split(), "x a b".split())
+    assert not loops([], [])
+
+
+def test_char_languages_count_characters_and_no_spaces():
+    score = clip("今天天气很好", "今天 天气 真好", "zh")
+    assert (score["unit"], score["units"], score["errors"]) == ("char", 6, 1)
+    block = summarise([score])["overall"]
+    assert block["error"]["value"] == block["cer"]["value"] == pytest.approx(1 / 6)
+
+
+def test_a_wrong_vowel_sign_is_an_error():
+    assert clip("हिन्दी", "हिन्दि", "hi")["errors"] == 1
+
+
+def test_control_tags_are_not_words():
+    score = clip("<|emotion:anger|>one <|prosody:pause|>two three four")
+    assert score["reference"] == "one two three four" and score["errors"] == 0
+
+
+def test_without_a_recogniser_there_is_no_rate_but_failures_still_count():
+    summary = summarise([clip(heard=None), clip(heard=None, audio=None)])["overall"]
+    assert summary["error"] is None and summary["judged"] == 0
+    assert summary["clips"] == 2 and summary["failed"] == 1
+
+
+def test_an_empty_set_raises():
+    with pytest.raises(ValueError, match="the set is empty"):
+        summarise([])
+
+
+def test_over_languages_the_headline_is_the_mean_of_their_rates():
+    scores = [clip() for _ in range(3)] + [clip("ein zwei", "ein drei", "de")]
+    summary = summarise(scores)
+    assert summary["languages"]["en"]["error"]["value"] == 0
+    assert summary["languages"]["de"]["error"]["value"] == 0.5
+    assert summary["overall"]["error"]["value"] == pytest.approx(0.25)
+
+
+def test_utterance_figures():
+    rates = [clip(), clip(heard="one two three"), clip(heard="a b c d e f g h")]
+    block = summarise(rates)["overall"]
+    assert block["utterance_median"] == 0.25
+    assert block["utterance_mean_capped"] == pytest.approx((0 + 0.25 + 1) / 3)
+    assert block["utterances_over_half"] == pytest.approx(1 / 3)
+
+
+def test_similarity_is_averaged_over_the_clips_that_have_one():
+    scores = [clip() | {"sim_ref": 0.5}, clip("other words") | {"sim_ref": 0.7}, clip()]
+    block = summarise(scores)["overall"]["sim_ref"]
+    assert block["value"] == pytest.approx(0.6) and block["n"] == 2
+
+
+def test_flags_do_not_fail_a_clip():
+    heard = {"no_speech_prob": 0.9, "compression_ratio": 3.0, "cut": True}
+    score = clip("room 9", "room nine", transcript=heard)
+    assert set(score["flags"]) == {"digits", "no_speech", "repetitive", "transcript_cut"}
+    assert score["failure"] is None and score["errors"] == 1
+
+
+def test_audio_facts_of_known_waves():
+    rate = 16000
+    tone = 0.1 * np.sin(2 * np.pi * 220 * np.arange(rate) / rate)
+    wav = np.concatenate([np.zeros(rate // 2), tone, np.zeros(rate // 4)])
+    facts = audio_facts(wav, rate)
+    assert facts.seconds == pytest.approx(1.75)
+    assert facts.leading_sec == pytest.approx(0.5, abs=0.02)
+    assert facts.trailing_sec == pytest.approx(0.25, abs=0.02)
+    assert facts.active_sec == pytest.approx(1.0, abs=0.04)
+    assert facts.loudness_dbfs == pytest.approx(-23.0, abs=0.2)
+    assert audio_facts(np.ones(rate), rate).clipped_share == 1.0
+
+
+def test_silence_and_faint_hiss_have_no_active_time():
+    assert audio_facts(np.zeros(16000), 16000).active_sec == 0
+    hiss = 10 ** (-60 / 20) * np.random.default_rng(0).normal(size=16000)
+    assert audio_facts(hiss, 16000).active_sec == 0
+    assert audio_facts(np.zeros(0), 16000).seconds == 0
+
+
+def test_duration_ratio_compares_speech_without_the_silence_around_it():
+    human = AudioFacts(4.0, 1.8, 1.0, 1.2, -25.0, 0.0)
+    assert clip(human=human)["duration_ratio"] == pytest.approx(1.0)
