@@ -1,0 +1,312 @@
+"""Speak texts with a checkpoint, and an adapter if given: wavs and a manifest of them.
+
+    python recipes/synthesize.py model=nano text="Hello there." out=runs/hello
+    python recipes/synthesize.py --config recipes/configs/synthesize.yaml source=texts.txt out=...
+
+`source` is a text file (one text per line), a manifest, or other data that higgs_lab/manifest.py
+reads. OUT gets wavs/, manifest.jsonl (with stop reason, seed and length of each take in `info`),
+config.yaml and provenance.json. Long texts are split at sentence bounds and joined. Killed and
+started again it goes on where it stopped, with the same result; other settings are refused there.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import higgs_lab
+from higgs_lab.audio import AudioSource, audio_info, read_audio, write_wav
+from higgs_lab.checkpoint import Checkpoint, resolve_checkpoint
+from higgs_lab.config import MISSING, cli, save_config
+from higgs_lab.manifest import Utterance, file_stem, open_data, read_manifest, write_manifest
+from higgs_lab.runlog import (
+    Progress,
+    RunLog,
+    provenance,
+    remove_leftovers,
+    write_json_atomic,
+)
+from higgs_lab.text import speech_units
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from higgs_lab.generate import Sampling
+    from higgs_lab.speech import Higgs
+    from higgs_lab.vocab import Vocab
+
+# Both serving engines take references of 1 to 30 s (vllm-omni serving_speech.py).
+REF_MIN_SEC, REF_MAX_SEC = 1.0, 30.0
+SETTINGS = "settings.json"
+
+
+@dataclass
+class SynthesizeConfig:
+    model: str = MISSING  # checkpoint: folder, hub name[@revision] or nano
+    out: str = MISSING  # folder to write
+    source: str | None = None  # text file (a text per line), manifest or other data; or give text
+    text: str | None = None  # a single text
+    adapter: str | None = None  # LoRA folder of a fine-tune
+    ref_audio: str | None = None  # voice of the texts that name none: a clip of 1 to 30 s
+    ref_text: str | None = None  # its exact transcript
+    takes: int = 1  # recordings of each text, with the seeds seed, seed + 1, ...
+    seed: int = 42  # the same seed gives the same take
+    mode: str = "vllm"  # sample as this engine does: vllm or sglang
+    temperature: float | None = None  # null: the engine's default
+    top_k: int | None = None  # null: the engine's default
+    top_p: float | None = None  # null: the engine's default
+    max_frames: int | None = None  # longest take, 25 frames a second; null: by the text's length
+    max_chars: int = 300  # longer texts are split (Latin letters; a Han character counts 3)
+    batch_size: int = 16  # texts spoken at once
+    device: str | None = None  # null: the GPU if there is one
+    dtype: str | None = None  # bfloat16 or float32; null: as stored on a GPU, float32 on the CPU
+
+    def __post_init__(self):
+        if (self.source is None) == (self.text is None):
+            raise ValueError('give either source=FILE or text="..."')
+        if self.ref_text is not None and self.ref_audio is None:
+            raise ValueError("ref_text is the transcript of ref_audio: give ref_audio too")
+        if self.takes < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"takes={self.takes} and batch_size={self.batch_size} must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Take:
+    """One recording to make."""
+
+    row: Utterance
+    seed: int
+    stem: str  # of the wav file
+    key: str  # changes with anything that changes the sound of this take, settings apart
+
+
+def main(config: SynthesizeConfig) -> Path:
+    """Speak everything that is not spoken yet; returns the manifest written."""
+    from higgs_lab.vocab import Vocab
+
+    rows, sampling = read_texts(config), sampling_of(config)
+    checkpoint, out = resolve_checkpoint(config.model), Path(config.out)
+    check_rows(rows, Vocab.from_pretrained(checkpoint.path))
+    takes = plan_takes(rows, config)
+    _keep_settings(out, config, checkpoint)
+    remove_leftovers(out / "wavs")
+    with RunLog(out / "speech.jsonl") as log:
+        spoken = {row["key"]: row for row in log.rows()}
+        done = {key for key, row in spoken.items() if _is_there(row, out)}
+        # Takes of similar length share a batch, so that none waits long for another. A batch that
+        # was cut short is spoken again as a whole: its rounding depends on who is in it.
+        ordered = sorted(takes, key=lambda take: (speech_units(take.row.text), take.stem))
+        size = config.batch_size
+        batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        todo = [batch for batch in batches if any(take.key not in done for take in batch)]
+        if todo:
+            higgs = higgs_lab.load(config.model, config.adapter, config.device, config.dtype)
+            references: dict[str, Tensor] = {}
+            start = len(takes) - sum(map(len, todo))
+            with Progress(len(takes), "texts", "speak", start=start) as bar:
+                for batch in todo:
+                    for record in speak(higgs, batch, sampling, config.max_chars, out, references):
+                        log.log(**record)
+                        spoken[record["key"]] = record
+                    bar.update(len(batch))
+    return _write_results(takes, [spoken[take.key] for take in takes], out)
+
+
+def read_texts(config: SynthesizeConfig) -> list[Utterance]:
+    """What to speak; rows without a voice of their own get the config's.
+
+    Raises FileNotFoundError or ValueError as the readers do, and for a file without texts.
+    """
+    if config.text is not None:
+        rows = [Utterance(None, config.text, "text", where="text")]
+    elif Path(config.source).suffix.lower() == ".txt":
+        rows = _read_lines(Path(config.source))
+    elif Path(config.source).suffix.lower() == ".jsonl":
+        rows = read_manifest(config.source, check_files=False)
+    else:
+        rows = open_data(config.source, check_files=False)
+    if config.ref_audio is None:
+        return rows
+    voice = {"ref_audio": Path(config.ref_audio).absolute(), "ref_text": config.ref_text}
+    return [row if row.ref_audio is not None else replace(row, **voice) for row in rows]
+
+
+def check_rows(rows: Iterable[Utterance], vocab: "Vocab") -> None:
+    """Refuse bad texts and references before anything is spoken, naming the row."""
+    seconds: dict[str, float] = {}
+    for row in rows:
+        vocab.encode(row.text, where=f"{row.where}, field text")
+        if row.ref_text is not None:
+            vocab.encode(row.ref_text, where=f"{row.where}, field ref_text")
+        if (ref := row.ref_audio) is not None:
+            if str(ref) not in seconds:
+                seconds[str(ref)] = audio_info(ref).seconds
+            if not REF_MIN_SEC <= seconds[str(ref)] <= REF_MAX_SEC:
+                raise ValueError(
+                    f"{row.where}, field ref_audio: {ref} lasts {seconds[str(ref)]:.1f} s; the "
+                    f"servers take {REF_MIN_SEC:g} to {REF_MAX_SEC:g} s: cut it, and its ref_text"
+                )
+
+
+def plan_takes(rows: Iterable[Utterance], config: SynthesizeConfig) -> list[Take]:
+    takes = []
+    for row in rows:
+        for number in range(config.takes):
+            stem = file_stem(row.id) + (f"-take{number + 1}" if config.takes > 1 else "")
+            seed = config.seed + number
+            parts = [row.id, row.text, seed, str(row.ref_audio), row.ref_text]
+            if isinstance(row.ref_audio, Path):
+                stat = row.ref_audio.stat()
+                parts += [stat.st_size, stat.st_mtime_ns]
+            key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+            takes.append(Take(row, seed, stem, key))
+    return takes
+
+
+def sampling_of(config: SynthesizeConfig) -> "Sampling":
+    from higgs_lab.generate import Sampling
+
+    given = {
+        name: getattr(config, name)
+        for name in ("temperature", "top_k", "top_p", "max_frames")
+        if getattr(config, name) is not None
+    }
+    return Sampling.of_engine(config.mode, **given)
+
+
+def speak(
+    higgs: "Higgs",
+    batch: list[Take],
+    sampling: "Sampling",
+    max_chars: int,
+    out: Path,
+    references: dict[str, "Tensor"],
+) -> list[dict]:
+    """Speak one batch and write its wavs; returns what to log of each.
+
+    references: codes of reference clips, filled as they are met, so that each is encoded once.
+    A take without a single frame has no wav and `audio` None: the model stopped at once.
+    """
+    results = higgs.speak(
+        [take.row.text for take in batch],
+        ref_audio=[_reference(higgs, take.row.ref_audio, references) for take in batch],
+        ref_text=[take.row.ref_text for take in batch],
+        sampling=sampling,
+        seed=[take.seed for take in batch],
+        batch_size=len(batch),
+        max_chars=max_chars,
+    )
+    records = []
+    for take, (wav, info) in zip(batch, results, strict=True):
+        record = {"key": take.key, "id": take.row.id, "seed": take.seed}
+        record |= {"stop_reason": info.stop_reason, "frames": info.frames}
+        record |= {"seconds": round(info.seconds, 3), "chunks": len(info.chunks), "audio": None}
+        if len(wav):
+            record["audio"] = f"wavs/{take.stem}.wav"
+            write_wav(out / record["audio"], wav, higgs.sample_rate_hz)
+        records.append(record)
+    return records
+
+
+def _reference(
+    higgs: "Higgs", source: AudioSource | None, known: dict[str, "Tensor"]
+) -> "Tensor | None":
+    if source is None:
+        return None
+    if str(source) not in known:
+        wav = read_audio(source, higgs.sample_rate_hz, max_sec=REF_MAX_SEC)
+        known[str(source)] = higgs.codec.encode(wav)
+    return known[str(source)]
+
+
+def _read_lines(path: Path) -> list[Utterance]:
+    if not path.is_file():
+        raise FileNotFoundError(f"text file {path} does not exist (working folder {Path.cwd()})")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+    rows = [
+        Utterance(None, line.strip(), f"{number:06d}", where=f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not rows:
+        raise ValueError(f"{path} holds no texts: write one per line")
+    return rows
+
+
+def _keep_settings(out: Path, config: SynthesizeConfig, checkpoint: Checkpoint) -> None:
+    """Record how `out` is made; refuse to go on there with other settings or another model."""
+    free = ("out", "source", "text", "batch_size", "device", "takes")  # change no take
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    settings["revision"] = checkpoint.revision
+    settings["model_files"] = _weights(checkpoint.path)
+    if config.adapter is not None:
+        from higgs_lab.adapter import find_adapter
+
+        settings["adapter_files"] = _weights(find_adapter(config.adapter))
+    file = out / SETTINGS
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise FileExistsError(
+                f"{out} holds speech made with other settings ({', '.join(changed)}): choose "
+                "another out=..., or remove it"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(
+            f"{out} exists and is no folder of synthesize: choose another out=..."
+        )
+    write_json_atomic(file, settings)
+    save_config(config, out / "config.yaml")
+    record = provenance(model=checkpoint.name, revision=checkpoint.revision, adapter=config.adapter)
+    write_json_atomic(out / "provenance.json", record)
+
+
+def _weights(folder: Path) -> list[list]:
+    """Name, size and time of the weight files: a fine-tune that went on is another model."""
+    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _is_there(record: dict, out: Path) -> bool:
+    return record["audio"] is None or (out / record["audio"]).is_file()
+
+
+def _write_results(takes: list[Take], records: list[dict], out: Path) -> Path:
+    """The manifest of all takes with sound, and a closing line for the user."""
+    rows, kept = [], ("seed", "stop_reason", "frames", "seconds", "chunks")
+    for take, record in zip(takes, records, strict=True):
+        if record["audio"] is None:
+            continue
+        info = take.row.info | {name: record[name] for name in kept}
+        if take.row.audio is not None:
+            info["recording"] = str(take.row.audio)
+        audio = (out / record["audio"]).absolute()
+        row = replace(take.row, audio=audio, id=take.stem, info=info)
+        if not isinstance(row.ref_audio, Path | None):  # inside a data set: no path to write
+            row = replace(row, ref_audio=None, ref_text=None)
+        rows.append(row)
+    manifest = out / "manifest.jsonl"
+    write_manifest(manifest, rows)
+    seconds = sum(record["seconds"] for record in records)
+    print(f"{len(rows)} takes, {seconds:.1f} s of speech: {manifest}")
+    capped = sum(record["stop_reason"] != "eoc" for record in records)
+    silent = len(records) - len(rows)
+    if capped:
+        print(
+            f"{capped} of {len(records)} takes ran into their length cap (stop_reason max_frames)"
+        )
+    if silent:
+        print(f"{silent} of {len(records)} takes have no sound: the model stopped at once")
+    return manifest
+
+
+if __name__ == "__main__":
+    main(cli(SynthesizeConfig, __doc__))
