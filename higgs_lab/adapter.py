@@ -96,7 +96,9 @@ def find_adapter(path: str | Path) -> Path:
         try:
             return Path(snapshot_download(repo, revision=revision or None))
         except Exception as error:  # the hub raises a dozen kinds; all mean: not there
-            raise FileNotFoundError(f"adapter {str(path)!r}: no folder, and the hub says {error}") from error
+            raise FileNotFoundError(
+                f"adapter {str(path)!r}: no folder, and the hub says {error}"
+            ) from error
     raise FileNotFoundError(
         f"{folder} holds no adapter_config.json (nor does {folder / 'adapter'}): give a run directory "
         "of recipes/finetune.py or a PEFT adapter folder"

@@ -8,15 +8,20 @@ Two twins behind one call, both fed by transformers' Qwen3 blocks:
 
 from __future__ import annotations
 
+import inspect
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 VARLEN = "higgs_varlen"
 
 
 def documents(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[L] index of the document that each position belongs to. cu_seqlens: int [D+1], from 0 to L."""
+    """[L] index of the document that each position belongs to. cu_seqlens: int [D+1], 0 to L."""
     lengths = cu_seqlens.diff().long()
     index = torch.arange(len(lengths), device=cu_seqlens.device)
     return index.repeat_interleave(lengths, output_size=length)
@@ -41,11 +46,15 @@ def _varlen_forward(
     key: Tensor,  # [1, H_kv, L, d]
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    **_: object,
+    scaling: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
+    if cu_seqlens is None:  # not packed: speaking, or a padded batch
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     groups = module.num_key_value_groups
@@ -68,22 +77,19 @@ def _varlen_forward(
 
 def _causal_kwargs(varlen_attn) -> dict:
     """torch 2.10 said is_causal=True, later releases window_size=(-1, 0)."""
-    import inspect
-
     if "is_causal" in inspect.signature(varlen_attn).parameters:
         return {"is_causal": True}
     return {"window_size": (-1, 0)}
 
 
 AttentionInterface.register(VARLEN, _varlen_forward)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)
 
 
 def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the varlen kernel can run: CUDA, half precision, a torch that has it."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError:
+    if find_spec("torch.nn.attention.varlen") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -110,13 +110,14 @@ def plan_packs(
 class PackedLoader:
     """Endless iterator over packed batches of one rank.
 
-    lengths: positions of each example. build(index, epoch): makes the example; it is given the
-    epoch so that references may be drawn anew each time, from a seed and not from a global state.
+    lengths: positions of each example, or a function of the epoch that gives them. build(index,
+    epoch) makes the example; it is given the epoch so that references may be drawn anew each time,
+    from a seed and not from a global state.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | Callable[[int], Sequence[int]],
         build: Callable[[int, int], Example],
         budget_positions: int,
         seed: int = 0,
@@ -125,19 +126,11 @@ class PackedLoader:
         pad: bool = False,
         packs_per_step: int = 1,
     ):
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        if len(self.lengths) == 0:
-            raise ValueError("no training examples: is the split empty, or did all rows get rejected?")
-        too_long = np.flatnonzero(self.lengths > budget_positions)
-        if len(too_long):
-            raise ValueError(
-                f"{len(too_long)} examples are longer than the budget of {budget_positions} positions "
-                f"(the longest has {int(self.lengths.max())}, the first is row {int(too_long[0])}): "
-                "raise budget_positions or drop them"
-            )
+        self.lengths = lengths if callable(lengths) else lambda epoch: lengths
         self.build, self.budget_positions, self.seed = build, budget_positions, seed
         self.rank, self.world_size, self.pad = rank, world_size, pad
         self.packs_per_step = packs_per_step  # over all ranks; an epoch holds whole steps
+        self.checked_lengths(0)
         self.epoch, self.cursor = 0, 0  # cursor: packs of this epoch that the whole world has taken
 
     def epoch_packs(self, epoch: int) -> list[list[int]]:
@@ -146,12 +139,26 @@ class PackedLoader:
         Packs are shuffled, then filled up to whole steps with packs from the epoch's beginning, so
         that no rank runs dry before another.
         """
+        lengths = self.checked_lengths(epoch)
         rng = np.random.default_rng([self.seed, epoch])
-        packs = plan_packs(self.lengths, self.budget_positions, rng.permutation(len(self.lengths)))
+        packs = plan_packs(lengths, self.budget_positions, rng.permutation(len(lengths)))
         packs = [packs[i] for i in rng.permutation(len(packs))]
         unit = int(np.lcm(self.world_size, self.packs_per_step))
         missing = -len(packs) % unit
         return packs + [packs[i % len(packs)] for i in range(missing)]
+
+    def checked_lengths(self, epoch: int) -> np.ndarray:
+        lengths = np.asarray(self.lengths(epoch), dtype=np.int64)
+        if len(lengths) == 0:
+            raise ValueError("no training examples: is the split empty, or were all rows rejected?")
+        too_long = np.flatnonzero(lengths > self.budget_positions)
+        if len(too_long):
+            raise ValueError(
+                f"{len(too_long)} examples are longer than the budget of {self.budget_positions} "
+                f"positions (the longest has {int(lengths.max())}, the first is row "
+                f"{int(too_long[0])}): raise budget_positions or drop them"
+            )
+        return lengths
 
     def steps_per_epoch(self) -> int:
         return len(self.epoch_packs(0)) // self.packs_per_step

@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 def resolve_checkpoint(name: str | Path) -> Checkpoint:
-    """"nano", a directory, or a hub name "org/model" or "org/model@revision" -> files on disk.
+    """ "nano", a directory, or a hub name "org/model" or "org/model@revision" -> files on disk.
 
     Raises FileNotFoundError with what was tried when it is neither.
     """
@@ -110,7 +110,9 @@ class NativeFiles:
         self.path = Path(path)
         self.files = sorted(p.name for p in self.path.glob("*.safetensors"))
         if not self.files:
-            raise FileNotFoundError(f"{self.path} holds no *.safetensors: not a checkpoint directory")
+            raise FileNotFoundError(
+                f"{self.path} holds no *.safetensors: not a checkpoint directory"
+            )
         self.shard: dict[str, str] = {}  # key -> file
         for file in self.files:
             with self._open(file) as tensors:
@@ -217,7 +219,10 @@ def load_talker(
 
 
 def rewrite_native(
-    base: str | Path, out: str | Path, edit: Callable[[str, Tensor], Tensor], extra_files: bool = True
+    base: str | Path,
+    out: str | Path,
+    edit: Callable[[str, Tensor], Tensor],
+    extra_files: bool = True,
 ) -> None:
     """Copy a native directory tensor by tensor, `edit(key, tensor)` in between; atomic.
 
@@ -231,7 +236,9 @@ def rewrite_native(
     def edited(key: str, tensor: Tensor) -> Tensor:
         new = edit(key, tensor)
         if new.shape != tensor.shape:
-            raise ValueError(f"{key!r} became {tuple(new.shape)}, the base has {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{key!r} became {tuple(new.shape)}, the base has {tuple(tensor.shape)}"
+            )
         return new.to(dtype=tensor.dtype, device="cpu")
 
     with atomic_path(Path(out)) as temporary, ExitStack() as stack:

@@ -44,7 +44,10 @@ class Codec:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Codec:
         """Load the codec of a native checkpoint, or of a stand-alone `HiggsAudioV2TokenizerModel` folder.
 
@@ -99,7 +102,9 @@ class Codec:
         """wav [n] mono at `sample_rate_hz` -> codes [T, K]; T = ceil(n / samples_per_frame) or one less."""
         return self.encode_batch([wav])[0]
 
-    def encode_batch(self, wavs: Sequence[np.ndarray | Tensor], max_batch_sec: float = 120) -> list[Tensor]:
+    def encode_batch(
+        self, wavs: Sequence[np.ndarray | Tensor], max_batch_sec: float = 120
+    ) -> list[Tensor]:
         """Same codes as one by one: only clips of equal sample count share a forward pass."""
         tensors = [self._check(wav) for wav in wavs]
         by_length: dict[int, list[int]] = defaultdict(list)
@@ -112,7 +117,9 @@ class Codec:
                 part = members[start : start + size]
                 batch = torch.stack([tensors[i] for i in part])[:, None]  # [B, 1, n]
                 with torch.inference_mode(), exact_float32():
-                    out = self.model.encode(batch.to(self.device, self.dtype)).audio_codes  # [B, K, T]
+                    out = self.model.encode(
+                        batch.to(self.device, self.dtype)
+                    ).audio_codes  # [B, K, T]
                 for i, row in zip(part, out.transpose(1, 2).cpu(), strict=True):
                     codes[i] = row.clone()
         return codes  # type: ignore[return-value]
@@ -121,13 +128,20 @@ class Codec:
         """codes [T, K] -> float32 [T * samples_per_frame]; T = 0 gives an empty wave."""
         return self.decode_batch([codes])[0]
 
-    def decode_batch(self, codes: Sequence[Tensor], max_batch_frames: int = 4096) -> list[np.ndarray]:
+    def decode_batch(
+        self, codes: Sequence[Tensor], max_batch_frames: int = 4096
+    ) -> list[np.ndarray]:
         """Decode many clips; again only equal lengths together."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, clip in enumerate(codes):
             if clip.ndim != 2 or clip.shape[1] != self.num_codebooks:
-                raise ValueError(f"codes must be [T, {self.num_codebooks}], got {tuple(clip.shape)}")
-            if clip.numel() and not 0 <= int(clip.min()) <= int(clip.max()) < self.model.config.codebook_size:
+                raise ValueError(
+                    f"codes must be [T, {self.num_codebooks}], got {tuple(clip.shape)}"
+                )
+            if (
+                clip.numel()
+                and not 0 <= int(clip.min()) <= int(clip.max()) < self.model.config.codebook_size
+            ):
                 raise ValueError("codes hold special ids: undelay the rows first")
             by_length[len(clip)].append(i)
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
@@ -153,7 +167,9 @@ class Codec:
     def _check(self, wav: np.ndarray | Tensor) -> Tensor:
         tensor = torch.as_tensor(wav).detach().to("cpu", torch.float32)
         if tensor.ndim != 1:
-            raise ValueError(f"wav must be mono [n], got shape {tuple(tensor.shape)}: down-mix it first")
+            raise ValueError(
+                f"wav must be mono [n], got shape {tuple(tensor.shape)}: down-mix it first"
+            )
         if len(tensor) == 0 or not bool(torch.isfinite(tensor).all()):
             raise ValueError("wav is empty or holds NaN or infinite samples")
         short = int(MIN_SAMPLES_SEC * self.sample_rate_hz) - len(tensor)
@@ -181,10 +197,14 @@ def codec_config(state: dict[str, Tensor], base: dict) -> dict:
         acoustic["decoder_hidden_size"] = state["acoustic_decoder.conv1.weight"].shape[0]
         width = state["semantic_model.encoder.layer_norm.weight"].shape[0]
         feed = state["semantic_model.encoder.layers.0.feed_forward.intermediate_dense.weight"]
-        position = state["semantic_model.encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
+        position = state[
+            "semantic_model.encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+        ]
         embed = state["quantizer.quantizers.0.codebook.embed"]
     except KeyError as error:
-        raise ValueError(f"the codec lacks {error}: its tensors are not of a Higgs v2 tokenizer") from None
+        raise ValueError(
+            f"the codec lacks {error}: its tensors are not of a Higgs v2 tokenizer"
+        ) from None
     if semantic.get("hidden_size") != width:
         # Head count leaves no trace in shapes; HuBERT keeps 64 channels a head.
         semantic["num_attention_heads"] = max(1, width // 64)

@@ -48,7 +48,9 @@ class Sampling:
 
     def __post_init__(self):
         if self.mode not in ENGINE_DEFAULTS:
-            raise ValueError(f"mode {self.mode!r} is unknown; there are {', '.join(ENGINE_DEFAULTS)}")
+            raise ValueError(
+                f"mode {self.mode!r} is unknown; there are {', '.join(ENGINE_DEFAULTS)}"
+            )
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_frames < 1:
             raise ValueError(
                 "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_frames >= 1, "
@@ -177,12 +179,16 @@ class SamplingTensors:
     seeds: Tensor
 
     @classmethod
-    def of(cls, requests: Sequence[Sampling], size: int, device: torch.device | str) -> SamplingTensors:
+    def of(
+        cls, requests: Sequence[Sampling], size: int, device: torch.device | str
+    ) -> SamplingTensors:
         def column(values, dtype):
             return torch.tensor(list(values), dtype=dtype, device=device)[:, None, None]
 
         return cls(
-            temperature=column((1.0 if r.greedy else r.temperature for r in requests), torch.float32),
+            temperature=column(
+                (1.0 if r.greedy else r.temperature for r in requests), torch.float32
+            ),
             top_k=column((r.top_k or size for r in requests), torch.long),
             top_p=column((r.top_p for r in requests), torch.float32),
             greedy=column((r.greedy for r in requests), torch.bool),
@@ -355,7 +361,9 @@ def _pad_left(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor, Tensor
 
     def column(name: str) -> Tensor:
         values = [getattr(p, name) for p in prompts]
-        return torch.stack([torch.cat([v.new_zeros(longest - len(v), *v.shape[1:]), v]) for v in values])
+        return torch.stack(
+            [torch.cat([v.new_zeros(longest - len(v), *v.shape[1:]), v]) for v in values]
+        )
 
     mask = torch.stack([(torch.arange(longest) >= longest - len(p)).long() for p in prompts])
     return column("ids"), column("is_audio"), column("rows"), mask

@@ -60,9 +60,7 @@ def render_prompt(
     pieces: list[tuple[list[int], Tensor | None]] = [([vocab.tts_id], None)]
     if ref_codes is not None:
         if ref_codes.ndim != 2 or ref_codes.shape[1] != K or len(ref_codes) == 0:
-            raise ValueError(
-                f"ref_codes must be [T, {K}] with T > 0, got {tuple(ref_codes.shape)}"
-            )
+            raise ValueError(f"ref_codes must be [T, {K}] with T > 0, got {tuple(ref_codes.shape)}")
         if ref_text is not None:
             pieces.append(([vocab.ref_text_id, *vocab.encode(ref_text, "ref_text")], None))
         pieces.append(([vocab.ref_audio_id], None))
@@ -164,7 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Print one training sequence of a manifest.")
     parser.add_argument("--manifest", required=True, help="JSONL manifest")
     parser.add_argument("--row", type=int, default=1, help="row of the manifest, counted from 1")
-    parser.add_argument("--model", default="nano", help="checkpoint: nano, a folder or org/name@rev")
+    parser.add_argument(
+        "--model", default="nano", help="checkpoint: nano, a folder or org/name@rev"
+    )
     parser.add_argument("--all", action="store_true", help="show every position")
     args = parser.parse_args()
     path = resolve_checkpoint(args.model).path

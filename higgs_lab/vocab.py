@@ -55,7 +55,9 @@ class Vocab:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         audio = config.get("audio_encoder_config")
         if not audio:
-            raise ValueError(f"{path / 'config.json'}: no 'audio_encoder_config'; not a Higgs TTS 3 config")
+            raise ValueError(
+                f"{path / 'config.json'}: no 'audio_encoder_config'; not a Higgs TTS 3 config"
+            )
         if audio["vocab_size"] != EOC + 1:
             raise ValueError(
                 f"{path / 'config.json'}: audio_encoder_config.vocab_size is {audio['vocab_size']}, "
@@ -75,7 +77,9 @@ class Vocab:
             )
         codec = CODEC_CONFIG
         if (path / "audio_tokenizer" / "config.json").is_file():
-            codec = json.loads((path / "audio_tokenizer" / "config.json").read_text(encoding="utf-8"))
+            codec = json.loads(
+                (path / "audio_tokenizer" / "config.json").read_text(encoding="utf-8")
+            )
         return cls(
             tokenizer=tokenizer,
             num_codebooks=audio["num_codebooks"],

@@ -107,7 +107,9 @@ def write_checkpoint(out: str | Path, seed: int = 0) -> None:
 
 def write_native(tensors: dict[str, Tensor], config: dict, out: str | Path) -> None:
     """Native directory from native keys; bf16 and the two tied copies as in the 4B checkpoint."""
-    tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in tensors.items()}
+    tensors = {
+        key: value.detach().to(torch.bfloat16).contiguous() for key, value in tensors.items()
+    }
     total = sum(value.nbytes for value in tensors.values())
     weight_map = {key: "model.safetensors" for key in sorted(tensors)}
     copies = {copy_: tensors[source].clone() for copy_, source in TIED_COPIES.items()}

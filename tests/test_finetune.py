@@ -1,0 +1,301 @@
+"""recipes/finetune.py: exact resume, exact accumulation, any number of processes, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from higgs_lab.codec import Codec
+from higgs_lab.prepared import save_prepared
+from higgs_lab.runlog import read_jsonl
+from higgs_lab.training_set import Modes, TrainingSet
+from higgs_lab.vocab import Vocab
+from recipes.finetune import TrainConfig, learning_rate, train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(rank=4, budget_positions=400, lr=2e-3, warmup_steps=2, seed=3, packs_per_step=2)
+
+
+def rows(count: int, split: str = "train", seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        frames = int(rng.integers(25, 60))
+        made.append(
+            {
+                "id": f"{split}{i}",
+                "text": f"Sentence number {i} of {split}.",
+                "language": "en",
+                "speaker": f"s{i % 2}",
+                "codes": rng.integers(0, 1024, (frames, 8)).astype(np.uint16),
+                "frames": frames,
+                "seconds": frames / 25,
+                "ref_codes": np.zeros((0, 8), np.uint16),
+                "ref_text": None,
+                "split": split,
+                "audio": f"{i}.wav",
+            }
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def prepared(nano, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prepared") / "data"
+    made = rows(14) + rows(3, "valid", seed=1)
+    splits = {"train": {"clips": 14, "hours": 0.01}, "valid": {"clips": 3, "hours": 0.001}}
+    info = {"codec_hash": Codec.from_pretrained(nano).hash, "splits": splits}
+    info["model"] = {"name": "nano", "revision": nano.name}
+    save_prepared(path, made, 8, info, [])
+    return path
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps process-wide singletons; each run here is a run of its own."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    yield
+
+
+def run(prepared: Path, out: Path, **changes) -> list[dict]:
+    config = TrainConfig(data=str(prepared), out=str(out), **{**SMALL, **changes})
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    train(config)
+    return read_jsonl(out / "metrics.jsonl")
+
+
+def curve(metrics: list[dict], name: str) -> list[float]:
+    return [m[name] for m in metrics if name in m]
+
+
+def launch(prepared: Path, out: Path, processes: int, **changes) -> subprocess.Popen:
+    options = {**SMALL, "data": prepared, "out": out, **changes}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    if processes > 1:
+        command += ["--main_process_port", str(20000 + os.getpid() % 20000)]
+    command += [str(ROOT / "recipes" / "finetune.py")]
+    command += [f"{key}={value}" for key, value in options.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def straight(prepared, tmp_path_factory) -> Path:
+    """Ten steps without a break, the yardstick of the others."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run(prepared, out, steps=10, save_every=5, dropout=0.1, valid_every=5)
+    return out
+
+
+def test_training_lowers_the_loss_and_leaves_a_whole_run_directory(straight):
+    metrics = read_jsonl(straight / "metrics.jsonl")
+    loss = curve(metrics, "loss")
+    assert abs(loss[0] - np.log(1026)) < 0.4 and loss[-1] < loss[0] - 0.05
+    assert [m["step"] for m in metrics if "valid/loss" in m] == [0, 5, 10]
+    assert {f"valid/loss_code/{k}" for k in range(8)} <= metrics[0].keys()
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", "adapter"} <= {
+        p.name for p in straight.iterdir()
+    }
+    facts = json.loads((straight / "provenance.json").read_text())
+    assert facts["codec_hash"] and facts["base"]["name"] == "nano"
+    assert not [p for p in straight.rglob(".tmp-*")]
+
+
+def test_five_steps_then_resume_equals_ten_straight_bit_for_bit(prepared, straight, tmp_path):
+    out = tmp_path / "run"
+    common = dict(save_every=5, dropout=0.1, valid_every=5)
+    # the schedule is a function of `steps`, so the break is a SIGTERM, not a shorter run
+    config = TrainConfig(data=str(prepared), out=str(out), steps=10, **SMALL, **common)
+    import recipes.finetune as finetune
+
+    class Stopped(finetune.Run):
+        def step(self, step, packs):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(step, packs)
+
+    original, finetune.Run = finetune.Run, Stopped
+    try:
+        train(config)
+    finally:
+        finetune.Run = original
+    assert [m["step"] for m in read_jsonl(out / "metrics.jsonl")][-1] == 5
+    assert not (out / "adapter").exists()
+    metrics = run(prepared, out, steps=10, **common)
+    assert same(adapter(out), adapter(straight))
+    yardstick = read_jsonl(straight / "metrics.jsonl")
+    for name in ("loss", "valid/loss", "lr", "grad_norm"):
+        assert curve(metrics, name) == curve(yardstick, name)
+
+
+@pytest.mark.slow
+def test_kill_dash_nine_and_resume_is_identical(prepared, straight, tmp_path):
+    out = tmp_path / "run"
+    changes = dict(steps=10, save_every=2, dropout=0.1, valid_every=5)
+    process = launch(prepared, out, 1, **changes)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").is_file() and len(read_jsonl(out / "metrics.jsonl")) >= 5:
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    assert not (out / "adapter").exists()
+    again = launch(prepared, out, 1, **changes)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, output
+    assert same(adapter(out), adapter(straight)), output
+    steps = [m["step"] for m in read_jsonl(out / "metrics.jsonl") if "loss" in m]
+    assert steps == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_one_process_curves(prepared, tmp_path):
+    changes = dict(steps=4, valid_every=2)
+    one = run(prepared, tmp_path / "one", **changes)
+    process = launch(prepared, tmp_path / "two", 2, **changes)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    two = read_jsonl(tmp_path / "two" / "metrics.jsonl")
+    assert curve(one, "lr") == curve(two, "lr")
+    for name in ("loss", "valid/loss", "loss_eoc", "grad_norm"):
+        np.testing.assert_allclose(curve(one, name), curve(two, name), rtol=2e-4)
+    theirs = adapter(tmp_path / "two")
+    for key, value in adapter(tmp_path / "one").items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-2, atol=2e-4)
+
+
+def test_trap34_one_pack_of_all_equals_accumulated_packs(prepared, nano):
+    """The gradient depends on the cells, not on how they are cut into packs."""
+    from higgs_lab.batches import pack
+    from higgs_lab.checkpoint import load_talker
+    from higgs_lab.loss import codebook_loss
+
+    vocab = Vocab.from_pretrained(nano)
+    data = TrainingSet(rows(4), vocab, Modes(0.0, 0.0))
+    talker = load_talker(nano).float()
+    examples = [data.build(i, 0) for i in range(4)]
+
+    def gradient(groups):
+        talker.zero_grad()
+        batches = [pack(g) for g in groups]
+        cells = sum(int(b.supervised.sum()) for b in batches)
+        for batch in batches:
+            at = batch.supervised.any(-1)
+            logits = talker(**batch.inputs(), logits_at=at).logits
+            sums = codebook_loss(logits, batch.labels[at], batch.supervised[at])
+            (sums.weighted()[0] / cells).backward()
+        return talker.codebooks.weight.grad.clone()
+
+    whole, parts = gradient([examples]), gradient([[e] for e in examples])
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-7)
+
+
+def test_trap36_only_the_adapter_trains(prepared, nano):
+    from higgs_lab.adapter import attach_lora, trainable_names
+    from higgs_lab.checkpoint import load_talker
+
+    names = trainable_names(attach_lora(load_talker(nano), "attention_mlp", 8))
+    assert len(names) == 3 * 7 * 2 and all("lora_" in name for name in names)
+
+
+def test_full_fine_tune_writes_a_native_directory(prepared, nano, tmp_path):
+    from higgs_lab.checkpoint import NativeFiles, load_talker
+
+    run(prepared, tmp_path / "run", method="full", steps=2, valid_every=0, lr=1e-4)
+    model = tmp_path / "run" / "model"
+    assert NativeFiles(model).shard.keys() == NativeFiles(nano).shard.keys()
+    new, old = load_talker(model), load_talker(nano)
+    assert not torch.equal(new.codebooks.weight, old.codebooks.weight)
+    assert torch.equal(new.model.embed_tokens.weight, old.model.embed_tokens.weight)
+
+
+def test_learning_rate_warms_up_and_ends_where_it_should():
+    config = TrainConfig(steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.1)
+    assert learning_rate(config, 0) == 0.1 and learning_rate(config, 9) == 1.0
+    rates = [learning_rate(config, s) for s in range(10, 101)]
+    assert rates == sorted(rates, reverse=True) and abs(rates[-1] - 0.1) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "qlora"}, "choose lora, full"),
+        ({"preset": "everything"}, "choose attention"),
+        ({"steps": 0}, "at least 1"),
+        ({"clone_share": 0.8, "clone_text_share": 0.5}, "at most 1"),
+        ({"budget_positions": 60}, "longer than the budget"),
+        ({"codebook_weights": [1.0, 2.0]}, "2 values, the model 8"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_written(
+    prepared, tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        run(prepared, tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_trap16_data_of_another_codec_is_refused(nano, tmp_path):
+    info = {"codec_hash": "0" * 16, "splits": {"train": {"clips": 2}}, "model": {}}
+    info["model"] = {"name": "other", "revision": "abc"}
+    save_prepared(tmp_path / "data", rows(2), 8, info, [])
+    with pytest.raises(ValueError, match="Prepare the data again"):
+        run(tmp_path / "data", tmp_path / "run", steps=1)
+
+
+def test_a_run_directory_is_not_continued_with_other_settings(prepared, straight):
+    with pytest.raises(ValueError, match="lr"):
+        run(prepared, straight, steps=12, save_every=5, dropout=0.1, valid_every=5, lr=1e-5)
+
+
+def test_trap26_all_three_prompt_modes_are_in_an_epoch(nano):
+    data = TrainingSet(rows(60), Vocab.from_pretrained(nano), Modes(0.3, 0.4), seed=1)
+    shares = data.mode_shares()
+    assert min(shares.values()) > 0.15 and abs(sum(shares.values()) - 1) < 1e-9
+    assert data.choices(0) != data.choices(1)
+
+
+def test_trap27_a_reference_is_another_clip_of_the_speaker_with_another_text(nano):
+    made = rows(20)
+    made[3]["text"] = made[1]["text"]  # the same speaker says the same thing twice
+    data = TrainingSet(made, Vocab.from_pretrained(nano), Modes(0.5, 0.5))
+    for epoch in range(3):
+        for i, choice in enumerate(data.choices(epoch)):
+            other = made[choice.reference]
+            assert other["speaker"] == made[i]["speaker"] and other["text"] != made[i]["text"]
+
+
+def test_lengths_foretell_what_is_built(nano):
+    data = TrainingSet(rows(12), Vocab.from_pretrained(nano), Modes(0.3, 0.4))
+    for epoch in range(2):
+        assert data.lengths(epoch) == [len(data.build(i, epoch).ids) for i in range(len(data))]
