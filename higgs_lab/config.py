@@ -201,7 +201,8 @@ def _comments(cls: type) -> dict[str, str]:
             while line in whole_line:
                 above.insert(0, by_line[line])
                 line -= 1
-            comments[node.target.id] = " ".join([*above, by_line.get(node.end_lineno, "")]).strip()
+            beside = [by_line.get(n, "") for n in range(node.lineno, node.end_lineno + 1)]
+            comments[node.target.id] = " ".join(filter(None, [*above, *beside]))
     return comments
 
 

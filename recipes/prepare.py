@@ -43,9 +43,7 @@ MIN_FRAMES = 8  # with fewer, the last codebook begins after the first has ended
 @dataclass
 class PrepareConfig:
     source: str = MISSING  # manifest, LJSpeech folder, wav+txt folder, CSV, or HF data set
-    model: str = (
-        MISSING  # checkpoint whose codec and tokenizer are used: folder, hub name[@rev], nano
-    )
+    model: str = MISSING  # checkpoint with codec and tokenizer: folder, hub name[@revision] or nano
     out: str = MISSING  # folder to write
     split_valid: float = 0.05  # for validation: a share of the rows (< 1) or their number
     seed: int = 0  # of the validation draw

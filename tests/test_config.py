@@ -20,7 +20,9 @@ class RunConfig:
     model: str = MISSING
     steps: int = 10  # optimiser steps
     mode: Literal["fast", "slow"] = "fast"
-    out: Path | None = None
+    out: Path | None = (  # where to
+        None  # write
+    )
     note: str | None = None
     langs: list[str] = field(default_factory=list)
     optim: Optim = field(default_factory=Optim)
@@ -117,6 +119,7 @@ def test_help_lists_every_field_with_default_and_comment(capsys):
     assert "Run something." in text
     assert "model (str) required\n      checkpoint to start from" in text
     assert "steps (int) = 10\n      optimiser steps" in text
+    assert "(pathlib.Path | None) = None\n      where to write" in text
     assert "optim.lr (float) = 0.0001\n      peak learning rate" in text
     assert len([line for line in describe(RunConfig).splitlines() if " (" in line]) == 7
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from higgs_lab.audio import read_audio
-from higgs_lab.config import load_config
+from higgs_lab.config import describe, load_config
 from higgs_lab.prepared import assign_splits, load_prepared, prepared_info, text_key
 from higgs_lab.runlog import read_jsonl
 from recipes import prepare
@@ -457,3 +457,9 @@ def test_shipped_configs_are_valid(path):
     config = load_config(PrepareConfig, path, ["source=a", "out=b"])
     assert config.model == "bosonai/higgs-tts-3-4b"
     assert f"--config recipes/configs/{path.name}" in path.read_text()
+
+
+def test_every_option_explains_itself():
+    lines = describe(PrepareConfig).splitlines()
+    fields = [i for i, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
+    assert len(fields) == 17 and all(lines[i + 1].startswith("      ") for i in fields)
