@@ -1,4 +1,4 @@
-"""recipes/finetune.py: exact resume, exact accumulation, any number of processes, clear refusals."""
+"""recipes/finetune.py: exact resume and accumulation, any number of processes, refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from higgs_lab.prepared import save_prepared
 from higgs_lab.runlog import read_jsonl
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
-from recipes.finetune import TrainConfig, learning_rate, train
+from recipes.finetune import train
+from recipes.train_config import TrainConfig, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(rank=4, budget_positions=400, lr=2e-3, warmup_steps=2, seed=3, packs_per_step=2)

@@ -1,0 +1,85 @@
+"""What a fine-tune can be told, and the learning rate that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from higgs_lab.adapter import TARGETS
+
+
+@dataclass
+class TrainConfig:
+    data: str = "???"  # prepared data, made by recipes/prepare.py
+    out: str = "???"  # run directory; an interrupted run there is resumed
+    model: str = "nano"  # base: nano, a native directory, or org/name@revision
+
+    method: str = "lora"  # lora, or full
+    preset: str = (
+        "attention_mlp"  # what LoRA touches: attention, attention_mlp, attention_mlp_table
+    )
+    rank: int = 16  # LoRA rank
+    alpha: float = 32  # LoRA scale is alpha / rank
+    dropout: float = 0.0  # LoRA dropout
+
+    steps: int = 500  # optimiser steps
+    budget_positions: int = 8192  # positions of one pack: audio frames + text + reference
+    packs_per_step: int = 1  # packs of one optimiser step, over all processes
+    lr: float = 1e-4  # peak learning rate
+    schedule: str = "cosine"  # after the warm-up: cosine, linear or constant
+    min_lr_ratio: float = 0.1  # the schedule ends at lr times this
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    codebook_weights: list[float] | None = None  # K weights of the loss; none: all alike
+    supervise_boc: bool = False  # loss on the cells that both engines force
+
+    clone_share: float = 0.25  # examples with a reference and no transcript
+    clone_text_share: float = 0.5  # with a reference and its transcript; the rest has none
+    max_ref_sec: float = 10.0  # longer clips are no references
+
+    precision: str = "auto"  # bf16, fp32; auto: bf16 on a GPU that has it
+    attention: str = "auto"  # varlen, sdpa; auto: varlen where it runs
+    gradient_checkpointing: bool = False  # less memory, about a third slower
+    seed: int = 0
+
+    valid_every: int = 100  # steps between validations; 0: never
+    valid_rows: int = 256  # at most so many rows of the split "valid"
+    save_every: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2
+    sample_every: int = 0  # steps between spoken samples; 0: never
+    sample_texts: list[str] = field(default_factory=list)  # none: texts of the validation rows
+    log_every: int = 1
+    trackers: list[str] = field(
+        default_factory=list
+    )  # tensorboard, wandb (WANDB_MODE=offline works)
+    project: str = "higgs_lab"  # name under which trackers file the run
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ValueError for settings that contradict each other."""
+    known = {"method": ("lora", "full"), "schedule": ("cosine", "linear", "constant")}
+    known |= {"precision": ("auto", "bf16", "fp32"), "attention": ("auto", "varlen", "sdpa")}
+    known |= {"preset": tuple(TARGETS)}
+    for name, choices in known.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}={getattr(config, name)!r}: choose {', '.join(choices)}")
+    for name in ("steps", "budget_positions", "packs_per_step", "rank", "save_every", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of optimiser step `step`, counted from 0.
+
+    A function of the step and of nothing else: a scheduler object that `accelerate` prepares steps
+    once per process, and with two processes reaches its end at half the run.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    span = max(1, config.steps - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    shape = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -1,0 +1,272 @@
+"""A fine-tune under way: the loop, one exact optimiser step, validation, samples, checkpoints."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from higgs_lab.adapter import save_adapter
+from higgs_lab.audio import write_wav
+from higgs_lab.batches import Batch, PackedLoader, pack
+from higgs_lab.checkpoint import Checkpoint, save_native
+from higgs_lab.codec import Codec
+from higgs_lab.generate import Sampling
+from higgs_lab.loss import LossSums, codebook_loss
+from higgs_lab.resume import load_step, random_state, save_step, saved_steps, set_random_state
+from higgs_lab.runlog import RunLog, duration, write_json_atomic
+from higgs_lab.speech import Higgs
+from higgs_lab.training_set import TrainingSet
+from higgs_lab.vocab import Vocab
+from recipes.train_config import TrainConfig, learning_rate
+
+
+@dataclass
+class Run:
+    """A training under way."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    vocab: Vocab
+    codec: Codec
+    loader: PackedLoader
+    valid: TrainingSet | None
+    out: Path
+    facts: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.terminated = False
+        weights = self.config.codebook_weights
+        K = self.vocab.num_codebooks
+        if weights is not None and len(weights) != K:
+            raise ValueError(f"codebook_weights has {len(weights)} values, the model {K} codebooks")
+        self.weights = torch.tensor(weights or [1.0] * K, device=self.accelerator.device)
+        self.log: RunLog | None = None
+
+    def resume(self) -> int:
+        """Go back to the last checkpoint; returns the step to start with."""
+        folder = self.out / "checkpoints"
+        steps = saved_steps(folder)
+        start = steps[-1] if steps else 0
+        if start:
+            state = load_step(
+                folder, start, self.model, self.optimizer, self.accelerator.process_index
+            )
+            self.loader.load_state_dict(state)
+        if self.accelerator.is_main_process:
+            self.log = RunLog(self.out / "metrics.jsonl")
+            self.log.cut_after(start if start else -1)
+        return start
+
+    def start_trackers(self) -> None:
+        if self.config.trackers:
+            flat = {k: str(v) for k, v in asdict(self.config).items()}
+            named = {"wandb": {"name": self.out.name, "dir": str(self.out)}}
+            try:
+                self.accelerator.init_trackers(self.config.project, flat, named)
+            except Exception as error:  # each tracker raises its own kind
+                raise ValueError(
+                    f"tracker did not start ({error}); for wandb without an account set "
+                    "WANDB_MODE=offline, or leave it out of trackers"
+                ) from error
+
+    def loop(self, start: int) -> bool:
+        """Train to the end; False when SIGTERM stopped it."""
+        config, accelerator = self.config, self.accelerator
+        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        try:
+            batches = iter(self.loader)
+            if start == 0 and self.valid is not None:
+                self.validate(0)
+            began, positions, frames = time.monotonic(), 0, 0
+            for step in range(start, config.steps):
+                micro = config.packs_per_step // accelerator.num_processes
+                packs = [next(batches) for _ in range(micro)]
+                sums, norm, totals, stop = self.step(step, packs)
+                positions, frames = positions + totals[0], frames + totals[1]
+                done = step + 1
+                if done % config.log_every == 0 or done == config.steps:
+                    seconds = time.monotonic() - began
+                    rate = positions / seconds
+                    left = (config.steps - done) * seconds / (done - start)
+                    figures = sums.means() | {
+                        "lr": learning_rate(config, step),
+                        "grad_norm": norm,
+                        "positions_per_sec": rate,
+                        "audio_sec_per_sec": frames / self.vocab.frame_rate_hz / seconds,
+                        "pack_fill": totals[0] / (config.packs_per_step * config.budget_positions),
+                        "epoch": self.loader.epoch,
+                    }
+                    self.record(done, figures)
+                    accelerator.print(
+                        f"step {done}/{config.steps}  loss {figures['loss']:.3f}  eoc "
+                        f"{figures.get('loss_eoc', float('nan')):.3f}  lr {figures['lr']:.2e}  "
+                        f"{rate:,.0f} positions/s  left {duration(left)}",
+                        flush=True,
+                    )
+                last = done == config.steps
+                if self.valid is not None and (done % config.valid_every == 0 or last):
+                    self.validate(done)
+                if config.sample_every and (done % config.sample_every == 0 or last):
+                    self.speak_samples(done)
+                if done % config.save_every == 0 or last or stop:
+                    self.save(done)
+                if stop and not last:
+                    return False
+            return True
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            if self.log is not None:
+                self.log.close()
+
+    def step(self, step: int, packs: list[Batch]) -> tuple[LossSums, float, list[int], bool]:
+        """One optimiser step over packs of this process.
+
+        Returns sums over all processes, the gradient norm, [positions, audio rows] over all, and
+        whether any process was told to stop. The divisor is the number of supervised cells in all
+        packs of all processes, so how they are split changes nothing (facts trap 34).
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
+        packs = [batch.to(device, non_blocking=True) for batch in packs]
+        cells = sum((batch.supervised.sum((0, 1)) * self.weights).sum() for batch in packs)
+        mine = [sum(p.real_positions for p in packs), sum(int(p.is_audio.sum()) for p in packs)]
+        shared = torch.tensor([*mine, int(self.terminated)], dtype=torch.float64, device=device)
+        shared = torch.cat([cells.double().reshape(1), shared])
+        cells, *totals, stop = accelerator.reduce(shared, "sum").tolist()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        collected: LossSums | None = None
+        for i, batch in enumerate(packs):
+            last = i == len(packs) - 1
+            with nullcontext() if last else accelerator.no_sync(self.wrapped):
+                sums = self.sums(self.wrapped, batch)
+                loss, _ = sums.weighted(self.weights)
+                # DDP averages gradients over processes; the sum is wanted
+                accelerator.backward(loss * (accelerator.num_processes / cells))
+            part = LossSums(*(t.detach() for t in sums.stack()))
+            collected = part if collected is None else collected + part
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.model.parameters() if p.requires_grad], self.config.max_grad_norm
+        )
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"step {step + 1}: the gradient is not finite; lower lr, or set precision=fp32. "
+                "The last checkpoint is unharmed"
+            )
+        self.optimizer.step()
+        stacked = accelerator.reduce(collected.stack(), "sum")
+        return LossSums.unstack(stacked), float(norm), [int(t) for t in totals], stop > 0
+
+    def sums(self, model: torch.nn.Module, pack: Batch) -> LossSums:
+        at = pack.supervised.any(-1)  # [1, L]
+        logits = model(**pack.inputs(), logits_at=at).logits
+        return codebook_loss(logits, pack.labels[at], pack.supervised[at])
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Loss per codebook and EOC over the validation rows, each shown the same way each time."""
+        accelerator, valid = self.accelerator, self.valid
+        self.model.eval()
+        loader = PackedLoader(valid.lengths, valid.build, self.config.budget_positions)
+        packs = loader.epoch_packs(0)
+        mine = packs[accelerator.process_index :: accelerator.num_processes]
+        K = self.vocab.num_codebooks
+        total = LossSums(*torch.zeros(4, K, device=accelerator.device))
+        with accelerator.autocast():
+            for members in mine:
+                batch = pack([valid.build(i, 0) for i in members]).to(accelerator.device)
+                total = total + self.sums(self.model, batch)
+        total = LossSums.unstack(accelerator.reduce(total.stack(), "sum"))
+        self.model.train()
+        figures = {f"valid/{name}": value for name, value in total.means().items()}
+        self.record(step, figures)
+        accelerator.print(
+            f"step {step}  valid loss {figures['valid/loss']:.3f}  codebooks "
+            + " ".join(f"{figures[f'valid/loss_code/{k}']:.2f}" for k in range(K))
+            + f"  eoc {figures['valid/loss_eoc']:.3f}",
+            flush=True,
+        )
+
+    @torch.no_grad()
+    def speak_samples(self, step: int) -> None:
+        """A few texts spoken by the model as it is, as wavs and in the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        source = self.valid if self.valid is not None else None
+        texts = list(self.config.sample_texts) or (source.texts[:4] if source else [])
+        if not texts:
+            return
+        saved = random_state()
+        self.model.eval()
+        higgs = Higgs(self.model, self.codec, self.vocab, Checkpoint(self.out, self.out.name))
+        reference, said = None, None
+        if source is not None:
+            row = source.rows[len(source) - 1]
+            reference, said = torch.as_tensor(row["codes"]), row["text"]
+        with self.accelerator.autocast():
+            spoken = higgs.speak(texts, reference, said, sampling=Sampling(seed=self.config.seed))
+        folder = self.out / "samples" / f"step-{step}"
+        for i, (wav, _) in enumerate(spoken):
+            write_wav(folder / f"{i}.wav", wav, higgs.sample_rate_hz)
+            self.to_trackers(f"sample/{i}", wav, higgs.sample_rate_hz, step, texts[i])
+        write_json_atomic(
+            folder / "texts.json",
+            [
+                {"text": t, "stop_reason": i.stop_reason}
+                for t, (_, i) in zip(texts, spoken, strict=True)
+            ],
+        )
+        self.model.train()
+        set_random_state(saved)  # samples must not change what training draws
+
+    def to_trackers(self, name: str, wav, rate_hz: int, step: int, caption: str) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_audio(name, wav[None], step, sample_rate=rate_hz)
+            elif tracker.name == "wandb":
+                import wandb
+
+                audio = wandb.Audio(wav, sample_rate=rate_hz, caption=caption)
+                tracker.run.log({name: audio}, step=step)
+
+    def record(self, step: int, figures: dict) -> None:
+        if self.log is not None:
+            self.log.log(step=step, **figures)
+        if self.config.trackers:
+            self.accelerator.log(figures, step=step)
+
+    def save(self, step: int) -> None:
+        states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            folder = self.out / "checkpoints"
+            loader = self.loader.state_dict()
+            keep = self.config.keep_checkpoints
+            save_step(folder, step, self.model, self.optimizer, loader, states, keep)
+        self.accelerator.wait_for_everyone()
+
+    def save_result(self, base: Path) -> None:
+        """The adapter folder, or a native directory after a full fine-tune."""
+        if self.config.method == "full":
+            save_native(self.model, base, self.out / "model")
+            return
+        facts = self.facts
+        meta = {
+            "base": facts["base"]["name"],
+            "revision": facts["base"]["revision"],
+            "fingerprint": facts["base_fingerprint"],
+            "codec_hash": facts["codec_hash"],
+            "preset": self.config.preset,
+            "steps": self.config.steps,
+            "data": facts["data"],
+        }
+        save_adapter(self.model, self.out / "adapter", meta)
