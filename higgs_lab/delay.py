@@ -115,8 +115,11 @@ class DelayCursor:
 def _check_codes(codes: Tensor) -> None:
     if codes.ndim != 2:
         raise ValueError(f"codes must be [T, K], got shape {tuple(codes.shape)}")
-    if codes.is_floating_point():
-        raise ValueError(f"codes must be integers, got {codes.dtype}")
+    if codes.dtype not in (torch.int64, torch.int32, torch.int16):
+        raise ValueError(
+            f"codes must be int16, int32 or int64 integers, which hold {EOC}, got {codes.dtype}: "
+            "convert them with .long()"
+        )
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= BOC):
         raise ValueError(
             f"codes must lie in 0..{BOC - 1}, got {int(codes.min())}..{int(codes.max())}: "
