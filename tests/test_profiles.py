@@ -1,0 +1,52 @@
+"""Deploy profiles as files: self-contained, each key explained. (Parsed by the engine's own classes
+in tests/engines/test_profiles_engines.py.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROFILES = Path(__file__).parents[1] / "serve" / "profiles"
+NAMES = ("throughput", "low_latency", "small_gpu", "two_gpu", "cpu_smoke")
+STRUCTURE = {"base_config", "stages", "stage_id", "default_sampling_params", "compilation_config"}
+
+
+def test_the_five_profiles_are_there():
+    assert sorted(p.stem for p in PROFILES.glob("*.yaml")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_profile_is_an_overlay_on_a_file_beside_it(name):
+    raw = yaml.safe_load((PROFILES / f"{name}.yaml").read_text())
+    assert (PROFILES / raw["base_config"]).is_file()
+    assert set(raw) <= {"base_config", "stages", "dtype"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_is_under_a_comment(name):
+    """Between a key and the last comment above it stands no empty line."""
+    explained = True
+    for line in (PROFILES / f"{name}.yaml").read_text().splitlines():
+        word = line.strip().removeprefix("- ")
+        if not word:
+            explained = False
+        elif word.startswith("#"):
+            explained = True
+        elif word.partition(":")[0] not in STRUCTURE:
+            assert explained, f"{name}.yaml: {word}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trap23_no_profile_fixes_the_seed(name):
+    """The engine's own file gives every request without a seed the same take."""
+    raw = yaml.safe_load((PROFILES / f"{name}.yaml").read_text())
+    talker = next(s for s in raw["stages"] if s["stage_id"] == 0)
+    assert talker["default_sampling_params"]["seed"] is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_says_what_it_is_for_and_how_to_run_it(name):
+    head = (PROFILES / f"{name}.yaml").read_text().partition("base_config")[0]
+    assert "serve" in head and f"{name}.yaml" in head or "--device cpu" in head
