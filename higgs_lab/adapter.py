@@ -100,8 +100,8 @@ def find_adapter(path: str | Path) -> Path:
                 f"adapter {str(path)!r}: no folder, and the hub says {error}"
             ) from error
     raise FileNotFoundError(
-        f"{folder} holds no adapter_config.json (nor does {folder / 'adapter'}): give a run directory "
-        "of recipes/finetune.py or a PEFT adapter folder"
+        f"{folder} holds no adapter_config.json (nor does {folder / 'adapter'}): give a run "
+        "directory of recipes/finetune.py or a PEFT adapter folder"
     )
 
 
@@ -117,13 +117,13 @@ def check_base(adapter: str | Path, base: str | Path) -> None:
     trained_on = meta.get("fingerprint")
     if trained_on and trained_on != (here := base_fingerprint(base)):
         raise ValueError(
-            f"adapter {adapter} was trained on {meta.get('base')}@{meta.get('revision')} (fingerprint "
-            f"{trained_on}), but {base} has fingerprint {here}: load it on its own base"
+            f"adapter {adapter} was trained on {meta.get('base')}@{meta.get('revision')} "
+            f"(fingerprint {trained_on}), but {base} has fingerprint {here}: load it on its own base"
         )
 
 
 def load_adapter(talker: Talker, path: str | Path, base: str | Path | None = None) -> PeftModel:
-    """Attach a saved adapter for inference. base: the talker's directory, to refuse another's adapter.
+    """Attach a saved adapter for inference; base: the talker's directory, to refuse a stranger's.
 
     Raises ValueError when the adapter does not fit, naming the first tensor that does not.
     """
@@ -141,9 +141,8 @@ def load_adapter(talker: Talker, path: str | Path, base: str | Path | None = Non
     expected = {name.replace(".default", "") for name, _ in adapter_parameters(model)}
     if loaded != expected:
         odd = sorted(loaded ^ expected)[0]
-        raise ValueError(
-            f"adapter {folder}: {odd!r} is {'unknown to' if odd in loaded else 'missing for'} this model"
-        )
+        state = "unknown to" if odd in loaded else "missing for"
+        raise ValueError(f"adapter {folder}: {odd!r} is {state} this model")
     return model.eval()
 
 

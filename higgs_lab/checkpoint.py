@@ -127,8 +127,8 @@ class NativeFiles:
             return safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{self.path / file} cannot be read ({error}): the file is cut or damaged, fetch or "
-                "write it again"
+                f"{self.path / file} cannot be read ({error}): the file is cut or damaged, "
+                "fetch or write it again"
             ) from error
 
     def _read_index(self) -> dict[str, str]:

@@ -49,7 +49,7 @@ class Codec:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Codec:
-        """Load the codec of a native checkpoint, or of a stand-alone `HiggsAudioV2TokenizerModel` folder.
+        """Codec of a native checkpoint, or of a stand-alone `HiggsAudioV2TokenizerModel` folder.
 
         Raises ValueError when the checkpoint bundles no codec, or its keys are not exactly the
         model's.
@@ -60,8 +60,8 @@ class Codec:
         prefix = CODEC_PREFIX if bundled else ""
         if not bundled and not any(k.startswith("quantizer.quantizers.0.") for k in files.keys()):
             raise ValueError(
-                f"{path} bundles no codec (no key begins with {CODEC_PREFIX!r}): export it again from "
-                "a base that does, or use the original checkpoint"
+                f"{path} bundles no codec (no key begins with {CODEC_PREFIX!r}): export it again "
+                "from a base that does, or use the original checkpoint"
             )
         # clone: the tensors map the file, which an export may replace
         state = {k[len(prefix) :]: t.clone() for k, t in files.items(bundled or None)}
@@ -99,7 +99,10 @@ class Codec:
         return self.model.fc.weight.dtype
 
     def encode(self, wav: np.ndarray | Tensor) -> Tensor:
-        """wav [n] mono at `sample_rate_hz` -> codes [T, K]; T = ceil(n / samples_per_frame) or one less."""
+        """wav [n] mono at `sample_rate_hz` -> codes [T, K].
+
+        T is ceil(n / samples_per_frame), sometimes one less.
+        """
         return self.encode_batch([wav])[0]
 
     def encode_batch(

@@ -44,7 +44,7 @@ class LossSums:
         return (total * weights).sum(), (count * weights).sum()
 
     def means(self) -> dict[str, float]:
-        """Figures for the log: loss, loss_code/k, loss_eoc, loss_eoc/k. Empty parts are left out."""
+        """For the log: loss, loss_code/k, loss_eoc and loss_eoc/0; empty parts are left out."""
         total, count = self.weighted()
         figures = {"loss": float(total / count.clamp(min=1))}
         for k in range(len(self.code_sum)):

@@ -1,8 +1,8 @@
 """The only sequence layout: what the servers build as a prompt, and what training appends to it.
 
-    zero-shot            <|tts|> <|text|> text <|audio|>
-    clone                <|tts|> <|ref_audio|> ref rows <|text|> text <|audio|>
-    clone + transcript   <|tts|> <|ref_text|> ref text <|ref_audio|> ref rows <|text|> text <|audio|>
+    zero-shot           <|tts|> <|text|> text <|audio|>
+    clone               <|tts|> <|ref_audio|> ref rows <|text|> text <|audio|>
+    clone + transcript  <|tts|> <|ref_text|> ref text <|ref_audio|> ref rows <|text|> text <|audio|>
 
 Reference rows are delayed (T_ref+7 of them) and enter as fused embeddings, one position each. The
 target's rows follow as inputs, all but the last; labels are the rows themselves, shifted by one:

@@ -49,7 +49,7 @@ def save_step(
     random_states: list[dict],
     keep: int,
 ) -> Path:
-    """Write `folder/step-N`, then drop all but the last `keep`. Called by the main process alone."""
+    """Write `folder/step-N`, then drop all but the last `keep`. For the main process only."""
     path = folder / f"step-{step}"
     with atomic_path(path) as temporary:
         temporary.mkdir()

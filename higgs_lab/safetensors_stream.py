@@ -45,7 +45,8 @@ def write_safetensors(
     offset = 0
     for key, (dtype, shape) in specs.items():
         size = math.prod(shape) * DTYPES[dtype].itemsize
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        span = [offset, offset + size]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
         offset += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

@@ -123,7 +123,7 @@ class Talker(nn.Module):
         return self.codebooks.weight.dtype
 
     def materialize_rope(self, device: torch.device | str) -> None:
-        """Compute the rotary frequencies anew: they are no weights, so loading leaves them on meta."""
+        """Compute the rotary frequencies: they are no weights, so loading leaves them on meta."""
         self.model.rotary_emb = Qwen3RotaryEmbedding(self.config).to(device)
 
 

@@ -60,8 +60,8 @@ class Vocab:
             )
         if audio["vocab_size"] != EOC + 1:
             raise ValueError(
-                f"{path / 'config.json'}: audio_encoder_config.vocab_size is {audio['vocab_size']}, "
-                f"but codebooks end with BOC={BOC} and EOC={EOC}, so it must be {EOC + 1}"
+                f"{path / 'config.json'}: audio_encoder_config.vocab_size is "
+                f"{audio['vocab_size']}, but codebooks end with BOC={BOC} and EOC={EOC}, so it must be {EOC + 1}"
             )
         # tokenizer.json is read directly: AutoTokenizer also follows tokenizer_config.json, which
         # drifted between releases (sglang-omni engine_builder.py notes the same).
@@ -72,8 +72,8 @@ class Vocab:
         missing = [token for token in names.values() if token not in added]
         if missing:
             raise ValueError(
-                f"{path / 'tokenizer.json'} lacks the control tokens {missing}: use the checkpoint's "
-                "own tokenizer, a stock Qwen3 one has other tokens at these ids"
+                f"{path / 'tokenizer.json'} lacks the control tokens {missing}: use the "
+                "checkpoint's own tokenizer, a stock Qwen3 one has other tokens at these ids"
             )
         codec = CODEC_CONFIG
         if (path / "audio_tokenizer" / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: one thread a process, one small checkpoint, real speech if present."""
+"""Fixtures of the suite: one thread a process, one small checkpoint, real speech if present."""
 
 from __future__ import annotations
 

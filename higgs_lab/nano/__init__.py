@@ -1,16 +1,18 @@
 """The embedded family: small models in the exact formats of the large ones, for a laptop CPU.
 
-`nano_checkpoint()` writes a native Higgs TTS 3 directory into the cache and returns its path; the
-name "nano" works wherever a hub name works, through the same code.
+`nano_checkpoint()` writes a native Higgs TTS 3 directory into the cache and returns its path,
+`nano_whisper()` and `nano_ecapa()` the judges; the name "nano" works wherever a hub name works,
+through the same code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-SOURCES = ("build.py", "tokenizer.py")
+HERE = Path(__file__).parent
 
 
 def cache_folder() -> Path:
@@ -20,16 +22,35 @@ def cache_folder() -> Path:
 
 
 def nano_checkpoint(cache_dir: str | Path | None = None) -> Path:
-    """Native directory of the nano checkpoint, built once and kept; returns its path.
+    """Native directory of the nano checkpoint, built once and kept; returns its path."""
+    from higgs_lab.nano.build import write_checkpoint
 
-    The folder's name holds a hash of what it is built from, so a new release never finds an old
-    one, and it appears whole or not at all.
+    return _cached("nano", ("build.py", "tokenizer.py"), write_checkpoint, cache_dir)
+
+
+def nano_whisper(cache_dir: str | Path | None = None) -> Path:
+    """Checkpoint file that `whisper.load_model` reads, built once and kept; returns its path."""
+    from higgs_lab.nano.judges import random_whisper
+
+    return _cached("whisper", ("judges.py",), random_whisper, cache_dir, suffix=".pt")
+
+
+def nano_ecapa(cache_dir: str | Path | None = None) -> Path:
+    """Folder that `EncoderClassifier.from_hparams(source=...)` reads; returns its path."""
+    from higgs_lab.nano.judges import random_ecapa
+
+    return _cached("ecapa", ("judges.py",), random_ecapa, cache_dir)
+
+
+def _cached(
+    name: str, sources: tuple[str, ...], build: Callable, cache_dir: str | Path | None, suffix=""
+) -> Path:
+    """Path of what `build(path)` writes. It does so whole or not at all.
+
+    The name holds a hash of what it is built from, so a new release never finds an old one.
     """
-    here = Path(__file__).parent
-    digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in SOURCES)).hexdigest()
-    path = Path(cache_dir or cache_folder()) / f"nano-{digest[:12]}"
-    if not path.is_dir():
-        from higgs_lab.nano.build import write_checkpoint
-
-        write_checkpoint(path)
+    digest = hashlib.sha256(b"".join((HERE / source).read_bytes() for source in sources))
+    path = Path(cache_dir or cache_folder()) / f"{name}-{digest.hexdigest()[:12]}{suffix}"
+    if not path.exists():
+        build(path)
     return path

@@ -1,8 +1,8 @@
 """A small checkpoint in the complete native layout, from a seed.
 
 What the serving engine hard-codes keeps its size (facts §1.2; vllm-omni
-higgs_audio_v3_code2wav.py): 8 codebooks of 1024 codes and 64 channels, a codec decoder of 256 -> 1024
-channels, a text table that reaches beyond id 151671. Everything else is small.
+higgs_audio_v3_code2wav.py): 8 codebooks of 1024 codes and 64 channels, a codec decoder of 256 ->
+1024 channels, a text table that reaches beyond id 151671. Everything else is small.
 """
 
 from __future__ import annotations

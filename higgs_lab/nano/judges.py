@@ -7,6 +7,7 @@ in seconds through the same loaders as whisper-large and the VoxCeleb ECAPA.
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 from higgs_lab.runlog import atomic_path
@@ -97,9 +98,23 @@ def random_ecapa(folder: str | Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = load_hyperpyyaml(_ECAPA_YAML)
+    forget_redirects()
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         (temporary / "hyperparams.yaml").write_text(_ECAPA_YAML, encoding="utf-8")
         for name in ("embedding_model", "classifier"):
             torch.save(parts[name].state_dict(), temporary / f"{name}.ckpt")
     return Path(folder)
+
+
+def forget_redirects() -> None:
+    """Take SpeechBrain's lazy stand-ins for renamed modules out of sys.modules.
+
+    Anything that looks at all loaded modules (hypothesis, debuggers, some of torch's tools) makes
+    them import what they stand for, k2 and flair among them, and fails where those are missing.
+    """
+    from speechbrain.utils.importutils import LazyModule
+
+    for name, module in list(sys.modules.items()):
+        if issubclass(type(module), LazyModule):
+            del sys.modules[name]

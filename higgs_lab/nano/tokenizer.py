@@ -14,8 +14,9 @@ from pathlib import Path
 FIRST_ADDED_ID = 151643
 _FIM = "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep"
 _EMOTIONS = (
-    "elation amusement enthusiasm determination pride contentment affection relief contemplation "
-    "confusion surprise awe longing arousal anger fear disgust bitterness sadness shame helplessness"
+    "elation amusement enthusiasm determination pride contentment affection relief "
+    "contemplation confusion surprise awe longing arousal anger fear disgust bitterness "
+    "sadness shame helplessness"
 )
 _SFX = "cough laughter crying screaming burping humming sigh sniff sneeze"
 

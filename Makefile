@@ -1,0 +1,71 @@
+# make demo   set-up, then a voice from recordings to a checked export (DATA=folder for your own)
+# make test   set-up, then the test suite; test-serve adds a real vLLM-Omni server on the CPU
+# Nothing is assumed installed but git, make and Python 3.11 or newer with pip.
+
+PYTHON ?= python3
+OUT ?= demo
+DATA ?=
+PYTEST ?=
+ENGINES := vllm-omni==0.30.0 sglang-omni==0.1.9
+
+BIN := .venv/bin
+UV := $(BIN)/uv
+PY := $(BIN)/python
+SERVE_PY := .venv-serve/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup engines serve-env demo test test-serve lint clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+	@echo "targets: setup engines serve-env demo test test-serve lint clean"
+
+setup: .venv/.ready
+engines: .engines/.ready
+serve-env: .venv-serve/.ready
+
+# uv, not pip: torchaudio's wheels load beside the CUDA build of torch alone, and uv fetches it in
+# seconds. uv itself comes through pip, into the project's own environment.
+.venv/.ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	$(UV) pip install --quiet --python $(PY) --editable '.[dev]'
+	@touch $@
+
+# The engines' own code, to test against: unpacked, without what they depend on.
+.engines/.ready: .venv/.ready
+	@for package in $(ENGINES); do \
+	  folder=.engines/$$(echo $${package%%==*} | tr - _); rm -rf $$folder; \
+	  $(UV) pip install --quiet --python $(PY) --no-deps --target $$folder $$package || exit 1; \
+	done
+	@touch $@
+
+# A second environment: the server's CPU build pins transformers 5.14 and torch 2.13 by overrides.
+.venv-serve/.ready: .venv/.ready serve/cpu/requirements.txt serve/cpu/overrides.txt serve/cpu/pyproject.toml
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "serving is supported on Linux x86-64 only"; exit 1; }
+	@ldconfig -p 2>/dev/null | grep -q libnuma.so.1 || ls /usr/lib/*/libnuma.so.1 >/dev/null 2>&1 || \
+	  { echo "libnuma is missing, the server's CPU kernels need it: apt-get install libnuma1"; exit 1; }
+	test -x $(SERVE_PY) || $(PYTHON) -m venv .venv-serve
+	$(UV) pip install --quiet --python $(SERVE_PY) --override serve/cpu/overrides.txt \
+	  --requirement serve/cpu/requirements.txt ./serve/cpu
+	@touch $@
+
+demo: setup
+	$(PY) -m recipes.demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: setup engines
+	$(PY) -m pytest -m "not serve and not gpu" $(PYTEST)
+
+test-serve: setup engines serve-env
+	$(PY) -m pytest -m serve $(PYTEST)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv .venv-serve .engines

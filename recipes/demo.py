@@ -1,0 +1,156 @@
+"""The whole path on a laptop: recordings -> prepared data -> LoRA -> speech -> scores -> export.
+
+    python -m recipes.demo --out demo                  # a new espeak-ng voice, as `make demo`
+    python -m recipes.demo --out demo --data my/clips  # manifest, LJSpeech, wav+txt or CSV
+
+Every step is a command of the toolkit, printed as it is run, so that it can be copied. Run again,
+it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from higgs_lab.audio import audio_info, write_wav
+from higgs_lab.manifest import Utterance, open_data, write_manifest
+from higgs_lab.prepared import text_key
+from higgs_lab.runlog import duration
+
+TOOLS = Path(__file__).resolve().parent.parent  # holds recipes/, eval/ and serve/
+NUM_TRAIN, NUM_TEST = 40, 8
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--data", help="manifest, LJSpeech folder, wav+txt folder or CSV")
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--asr", default="nano", help="Whisper name or checkpoint")
+    parser.add_argument("--speaker", default="nano", help="ECAPA name or folder")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tests", type=int, default=NUM_TEST, help="texts of the evaluation")
+    args = parser.parse_args(argv)
+    out, began = args.out, time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    train, test = out / "train.jsonl", out / "test.jsonl"
+    if not (train.is_file() and test.is_file()):
+        if args.data:
+            take_recordings(args.data, train, test, args.tests)
+        else:
+            make_recordings(out / "recordings", train, test, args.tests)
+
+    def tool(name: str, *options: str) -> None:
+        run(["python", "-m", name, *options])
+
+    model = f"model={args.model}"
+    tool("recipes.prepare", f"source={train}", f"out={out / 'prepared'}", model)
+    launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = str(TOOLS / "recipes" / "finetune.py")
+    options = ["--config", str(TOOLS / "recipes" / "configs" / "nano_lora.yaml"), model]
+    options += [f"data={out / 'prepared'}", f"out={out / 'run'}", f"steps={args.steps}"]
+    run([*launch, script, *options])
+    adapter = out / "run" / "adapter"
+    hello = "text=Hello from my new voice."
+    tool("recipes.synthesize", model, f"adapter={adapter}", hello, f"out={out / 'hello'}")
+    judges = ["--asr", args.asr, "--speaker", args.speaker, "--set", str(test)]
+    folders = {name: str(out / "eval" / name) for name in ("human", "before", "after")}
+    tool("eval.run", "--model", "human", *judges, "--out", folders["human"])
+    floor = [*judges, "--floor", folders["human"]]
+    tool("eval.run", "--model", args.model, *floor, "--out", folders["before"])
+    after = ["--model", args.model, "--adapter", str(adapter), *floor]
+    tool("eval.run", *after, "--out", folders["after"])
+    tool("eval.compare", folders["before"], folders["after"])
+    export = str(out / "export")
+    tool("serve.export", "--model", args.model, "--adapter", str(adapter), "--out", export)
+    tool("serve.check", export)
+    print(
+        f"\nDone in {duration(time.monotonic() - began)}.\n"
+        f"  recordings      {train} and {test}\n"
+        f"  adapter         {adapter} (PEFT), its curve in {out / 'run' / 'metrics.jsonl'}\n"
+        f"  a wav to hear   {out / 'hello'}\n"
+        f"  evaluation      {folders['before']}/report.html and {folders['after']}/report.html\n"
+        f"  for the server  {export}: python -m serve.launch {export} --device cpu"
+    )
+
+
+def run(command: list[str]) -> None:
+    """Show and run one command; stop the demo when it fails."""
+    print("\n$ " + shlex.join(command), flush=True)
+    environment = dict(os.environ)
+    # The tools' folder on the path: a clone is not the working directory of every user.
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    start = time.monotonic()
+    real = [sys.executable, *command[1:]]
+    if command[0] == "accelerate":
+        real = [sys.executable, "-m", "accelerate.commands.launch", *command[2:]]
+    code = subprocess.run(real, env=environment).returncode
+    if code:
+        sys.exit(f"demo: the command above failed with exit code {code}")
+    print(f"({duration(time.monotonic() - start)})", flush=True)
+
+
+def make_recordings(folder: Path, train: Path, test: Path, num_test: int) -> None:
+    """Two minutes of a voice that no part of the nano family was trained on, and test texts."""
+    from recipes.nano.espeak import speak
+    from recipes.nano.texts import draw_text
+    from recipes.nano.voices import DEMO_VOICE
+
+    rng = random.Random(0)
+    rows: dict[str, list[Utterance]] = {"train": [], "test": []}
+    for split, count in (("train", NUM_TRAIN), ("test", num_test)):
+        seen = set()
+        while len(rows[split]) < count:
+            text = draw_text("en", rng, split)
+            if text_key(text) in seen:
+                continue
+            seen.add(text_key(text))
+            wav = speak(text, "en", DEMO_VOICE, rate=rng.randint(150, 180))
+            path = folder / f"{split}{len(rows[split]):03d}.wav"
+            write_wav(path, wav, 24000)
+            rows[split].append(
+                Utterance(audio=path, text=text, id=path.stem, speaker=DEMO_VOICE, language="en")
+            )
+    voice = next(r for r in rows["train"] if audio_info(r.audio).seconds >= 1.5)
+    write_manifest(train, rows["train"])
+    write_manifest(
+        test, [replace(r, ref_audio=voice.audio, ref_text=voice.text) for r in rows["test"]]
+    )
+    print(f"{NUM_TRAIN} clips to learn from and {num_test} to test on in {folder}")
+
+
+def take_recordings(source: str, train: Path, test: Path, num_test: int) -> None:
+    """Split the user's recordings: the last texts are the test, another clip the reference."""
+    rows = list(open_data(source))
+    texts = list(dict.fromkeys(text_key(row.text) for row in rows))
+    if len(texts) < 4:
+        sys.exit(f"demo: {source} has {len(texts)} different texts; at least 4 are needed")
+    held_out = set(texts[-min(num_test, len(texts) // 3) :])
+    learn = [row for row in rows if text_key(row.text) not in held_out]
+    tests = []
+    for row in rows:
+        if text_key(row.text) not in held_out:
+            continue
+        same = [
+            r for r in learn if r.speaker == row.speaker and 1 <= audio_info(r.audio).seconds <= 15
+        ]
+        if same:
+            row = replace(row, ref_audio=same[0].audio, ref_text=same[0].text)
+        tests.append(row)
+    write_manifest(train, learn)
+    write_manifest(test, tests)
+    print(f"{len(learn)} clips to learn from and {len(tests)} to test on")
+
+
+if __name__ == "__main__":
+    main()
