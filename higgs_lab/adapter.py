@@ -118,7 +118,8 @@ def check_base(adapter: str | Path, base: str | Path) -> None:
     if trained_on and trained_on != (here := base_fingerprint(base)):
         raise ValueError(
             f"adapter {adapter} was trained on {meta.get('base')}@{meta.get('revision')} "
-            f"(fingerprint {trained_on}), but {base} has fingerprint {here}: load it on its own base"
+            f"(fingerprint {trained_on}), but {base} has fingerprint {here}: "
+            "load it on its own base"
         )
 
 
