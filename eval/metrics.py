@@ -170,6 +170,8 @@ def score_clip(
     elif hit_cap or audio.seconds > limit_sec:
         failure = "runaway"
     score: dict = {"unit": unit, "reference": reference, "failure": failure}
+    score |= dict.fromkeys(("hypothesis", "units", "errors", "chars", "char_errors"))
+    score |= dict.fromkeys(("substitutions", "deletions", "insertions"))
     if hypothesis is not None:
         heard = normalize(hypothesis, lang, normalizer)
         score["hypothesis"] = heard
@@ -188,7 +190,7 @@ def score_clip(
             "deletions": by_unit.deletions,
             "insertions": by_unit.insertions,
         }
-    score["flags"] = _flags(reference, score.get("hypothesis"), transcript or {}, audio)
+    score["flags"] = _flags(reference, score["hypothesis"], transcript or {}, audio)
     if audio is not None:
         score |= {"seconds": audio.seconds, "spoken_sec": audio.spoken_sec}
         score["leading_sec"], score["trailing_sec"] = audio.leading_sec, audio.trailing_sec

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from higgs_lab.nano.judges import forget_redirects
+
 SAMPLE_RATE_HZ = 16000
 MIN_SAMPLES = 1600  # 0.1 s; shorter clips give too few frames to pool
 
@@ -78,6 +80,7 @@ def load_encoder(spec: str, device: str | None = None) -> SpeakerEncoder:
             overrides=overrides,
             run_opts={"device": device},
         )
+    forget_redirects()
     model.eval()
     return SpeakerEncoder(model, spec)
 

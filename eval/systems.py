@@ -1,0 +1,268 @@
+"""Who speaks: a checkpoint, a server, a folder of wavs, espeak-ng, or the set's own recordings.
+
+A system is a name, the details that decide its sound (recorded, and compared on resume), and a way
+to start it. Nothing is loaded before it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from higgs_lab.manifest import AUDIO_SUFFIXES, Utterance, file_stem
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to be spoken. `seed` is the request's own: the batch must not change the sound."""
+
+    row: Utterance
+    seed: int
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A clip, or why there is none. Either `wav` or `audio` is set unless `error` is."""
+
+    wav: np.ndarray | None = None  # mono float32 [n]
+    sample_rate_hz: int = 0
+    audio: object = None  # Path or EmbeddedAudio: exists already, judged where it lies
+    error: str = ""
+    hit_cap: bool = False  # ran into its length limit instead of ending by itself
+    took_sec: float | None = None  # wall time, shared out within a batch
+
+
+Speak = Callable[[Sequence[Request]], list[Spoken]]
+
+
+@dataclass(frozen=True)
+class System:
+    name: str
+    details: dict  # what decides the sound
+    start: Callable[[], Speak]  # loads what there is to load
+    batch: int = 1  # requests handed over at once
+    random: bool = field(default=True)  # several takes of a text differ
+
+
+def open_system(
+    model: str,
+    adapter: str | None = None,
+    *,
+    device: str | None = None,
+    sampling: dict | None = None,
+    batch: int | None = None,
+    dialect: str = "vllm",
+) -> System:
+    """A system by what `model` says.
+
+    - "human": the recordings of the set; what the recogniser makes of them is its floor
+    - "wavs:FOLDER": FOLDER/<id>.wav (or .flac, ...); another tool's output
+    - "espeak": espeak-ng in the row's language, through the package espeakng-loader
+    - "http://...": a server that speaks /v1/audio/speech, in the given dialect
+    - anything else: a checkpoint for `higgs_lab.load` (folder, hub name[@revision], "nano"), with
+      an optional adapter
+
+    sampling: options that replace the defaults; `Sampling`'s for a checkpoint, the request's for a
+        server. batch: clips at once (a checkpoint), or requests in flight (a server).
+    Raises ValueError or FileNotFoundError saying what can be given.
+    """
+    sampling = dict(sampling or {})
+    kind = model.split(":", 1)[0]
+    if kind in ("human", "wavs", "espeak", "http", "https") and adapter:
+        raise ValueError(f"--adapter goes with a checkpoint; {model!r} speaks as it is")
+    if kind in ("human", "wavs", "espeak") and sampling:
+        raise ValueError(f"{model!r} takes no sampling options, but got {', '.join(sampling)}")
+    if model == "human":
+        return System("human", {"kind": "human"}, lambda: _speak_human, 16, random=False)
+    if kind == "wavs":
+        return _wavs(Path(model.split(":", 1)[1]))
+    if model == "espeak":
+        from eval.espeak import speak, version
+
+        details = {"kind": "espeak", "version": version()}
+        return System("espeak-ng", details, lambda: speak, 32, random=False)
+    if kind in ("http", "https"):
+        return _server(model, sampling, batch or 4, dialect)
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        if any(f.suffix.lower() in AUDIO_SUFFIXES for f in path.iterdir()):
+            raise ValueError(f"{model} is a folder of audio: write --model wavs:{model}")
+    return _checkpoint(model, adapter, device, sampling, batch or 8)
+
+
+def request_seed(seed: int, id: str) -> int:
+    """The seed of one request: fixed by run seed and row, so that no order or batch matters."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{id}".encode()).digest()[:4], "big") >> 1
+
+
+def _speak_human(requests: Sequence[Request]) -> list[Spoken]:
+    missing = Spoken(error="the row has no audio")
+    return [missing if r.row.audio is None else Spoken(audio=r.row.audio) for r in requests]
+
+
+def _wavs(folder: Path) -> System:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"wavs:{folder}: no such folder")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+    if not found:
+        raise ValueError(f"wavs:{folder}: no audio files ({', '.join(AUDIO_SUFFIXES)})")
+    files = {p.relative_to(folder).with_suffix("").as_posix(): p.absolute() for p in found}
+
+    def one(id: str) -> Spoken:
+        path = files.get(id) or files.get(file_stem(id))
+        return Spoken(audio=path) if path else Spoken(error=f"no file {id}.wav in {folder}")
+
+    def speak(requests: Sequence[Request]) -> list[Spoken]:
+        return [one(request.row.id) for request in requests]
+
+    details = {"kind": "wavs", "folder": folder.resolve().name}
+    return System(f"wavs:{folder.name}", details, lambda: speak, 16, random=False)
+
+
+# Statuses that mean "this request is wrong"; anything else means that the server is.
+_REFUSED = (400, 413, 422)
+
+
+def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
+    from serve import client
+
+    client.request_body("options are checked once", dialect=dialect, **sampling)
+
+    def one(request: Request) -> Spoken:
+        from higgs_lab.audio import read_audio
+
+        row, begin = request.row, time.monotonic()
+        reference = row.ref_audio
+        if reference is not None and not isinstance(reference, Path):
+            reference = reference.open().read()
+        options = {"seed": request.seed, "dialect": dialect} | sampling
+        try:
+            data = client.speak(url, row.text, reference, row.ref_text, **options)
+            took_sec = time.monotonic() - begin
+            wav = read_audio(_InMemory(data, f"answer for {row.id}"), 24000, max_sec=None)
+        except client.ServerError as error:
+            if error.status not in _REFUSED:
+                raise
+            return Spoken(error=str(error))
+        except ValueError as error:  # a reference or an answer that nobody can use
+            return Spoken(error=str(error))
+        return Spoken(wav, 24000, took_sec=took_sec)
+
+    def start() -> Speak:
+        if not client.is_healthy(url):
+            raise ConnectionError(f"no server answers {url}/health: start it, or check the address")
+        pool = ThreadPoolExecutor(concurrency)
+        return lambda requests: list(pool.map(one, requests))
+
+    details = {"kind": "server", "dialect": dialect, "sampling": sampling}
+    details["concurrency"] = concurrency  # servers have sounded different under load
+    return System(url, details, start, concurrency)
+
+
+def _checkpoint(
+    model: str, adapter: str | None, device: str | None, sampling: dict, batch: int
+) -> System:
+    from higgs_lab.adapter import find_adapter
+    from higgs_lab.checkpoint import resolve_checkpoint
+    from higgs_lab.generate import Sampling
+
+    known = [f.name for f in fields(Sampling) if f.name != "seed"]
+    for name in sampling:
+        if name not in known:
+            raise ValueError(f"unknown sampling option {name!r}; known: {', '.join(known)}")
+    options = Sampling(**sampling)
+    checkpoint = resolve_checkpoint(model)
+
+    def start() -> Speak:
+        import higgs_lab
+
+        higgs = higgs_lab.load(model, adapter=adapter, device=device)
+        return functools.partial(_speak_checkpoint, higgs, options)
+
+    tuned = None
+    if adapter is not None:
+        tuned = {"name": adapter, "weights": fingerprint(find_adapter(adapter))}
+    details = {
+        "kind": "checkpoint",
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "weights": fingerprint(checkpoint.path),
+        "adapter": tuned,
+        "sampling": {k: v for k, v in asdict(options).items() if k != "seed"},
+    }
+    return System(model if adapter is None else f"{model} + {adapter}", details, start, batch)
+
+
+def _speak_checkpoint(higgs, options, requests: Sequence[Request]) -> list[Spoken]:
+    rows, begin = [request.row for request in requests], time.monotonic()
+    try:
+        pairs = higgs.speak(
+            [row.text for row in rows],
+            ref_audio=[_wave_or_path(row.ref_audio, higgs.sample_rate_hz) for row in rows],
+            ref_text=[row.ref_text for row in rows],
+            sampling=options,
+            seed=[request.seed for request in requests],
+            batch_size=len(requests),
+        )
+    except ValueError as error:  # one text or reference is wrong; other errors stop the run
+        if len(requests) == 1:
+            return [Spoken(error=str(error))]
+        return [_speak_checkpoint(higgs, options, [request])[0] for request in requests]
+    took_sec = (time.monotonic() - begin) / len(requests)
+    return [
+        Spoken(wav, higgs.sample_rate_hz, hit_cap=info.stop_reason != "eoc", took_sec=took_sec)
+        for wav, info in pairs
+    ]
+
+
+def _wave_or_path(audio, sample_rate_hz: int):
+    """A reference as `Higgs.speak` takes it: clips inside a data set have no path."""
+    from higgs_lab.audio import read_audio
+
+    return audio if audio is None or isinstance(audio, Path) else read_audio(audio, sample_rate_hz)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hash of a folder's configs whole and of its weight files in samples (16 hex digits).
+
+    Start, middle and end of each file, and its size: a retrained model under an old name is told
+    apart without reading 9 GB. Raises FileNotFoundError for a folder without weights.
+    """
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".json", ".safetensors"))
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise FileNotFoundError(f"{folder} holds no .safetensors weights")
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
+        with path.open("rb") as file:
+            if path.suffix == ".json" or size < 3 << 20:
+                digest.update(file.read())
+                continue
+            for offset in (0, size // 2, size - (1 << 20)):
+                file.seek(offset)
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Audio in memory, to be read like a file."""
+
+    data: bytes
+    name: str
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,335 @@
+"""eval.run end to end on real tiny judges: spoken, heard, scored; killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import run
+from eval.compare import advice, compare
+from eval.compare import main as compare_main
+from higgs_lab.audio import read_audio, write_wav
+from higgs_lab.nano.judges import random_ecapa, random_whisper
+from higgs_lab.runlog import read_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("speech", "transcripts", "speakers", "scores")
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judges")
+    whisper, ecapa = random_whisper(folder / "tiny.pt"), random_ecapa(folder / "ecapa")
+    return ["--asr", str(whisper), "--speaker", str(ecapa), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def test_set(tmp_path_factory):
+    """Six clips of two speakers: buzzes at two pitches, each with its own rhythm."""
+    folder = tmp_path_factory.mktemp("set")
+    lines = []
+    for number in range(6):
+        speaker, hz = ("ann", 210) if number % 2 else ("bob", 110)
+        time_sec = np.arange(36000) / 24000
+        rhythm = 0.6 + 0.4 * np.sin(2 * np.pi * (2 + number) * time_sec)
+        wav = 0.2 * rhythm * np.sign(np.sin(2 * np.pi * hz * time_sec))
+        write_wav(folder / f"c{number}.wav", wav, 24000)
+        text = f"sentence {'abcdef'[number]} of the set"
+        row = {"audio": f"c{number}.wav", "text": text, "speaker": speaker, "language": "en"}
+        lines.append(json.dumps(row))
+    (folder / "set.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "set.jsonl"
+
+
+def go(judges, test_set, out, *more, model="human"):
+    return run.main(["--model", model, "--set", str(test_set), "--out", str(out), *judges, *more])
+
+
+def stage(out, name):
+    return read_jsonl(Path(out) / f"{name}.jsonl")
+
+
+def without_times(summary):
+    return {k: v for k, v in summary.items() if k != "provenance"}
+
+
+@pytest.fixture(scope="module")
+def finished(judges, test_set, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "human"
+    return out, go(judges, test_set, out)
+
+
+def test_a_run_leaves_everything_it_promised(finished):
+    out, summary = finished
+    assert [len(stage(out, name)) for name in STAGES] == [6, 6, 6, 6]
+    assert json.loads((out / "summary.json").read_text())["overall"]["clips"] == 6
+    block = summary["languages"]["en"]
+    assert block["judged"] == 6 and block["failed"] == 0
+    assert block["error"]["value"] > 0.5  # the recogniser knows nothing
+    assert block["sim_ref"]["n"] == block["sim_target"]["n"] == 6
+    assert summary["references"] == {"speaker": 6}
+    pairs = summary["similarity_pairs"]
+    assert (pairs["same_speaker"]["pairs"], pairs["different_speakers"]["pairs"]) == (6, 9)
+    assert pairs["same_speaker"]["mean"] > pairs["different_speakers"]["mean"]
+    assert (out / "report.html").stat().st_size > 10_000
+    assert summary["provenance"]["versions"] and (out / "config.yaml").is_file()
+
+
+def test_the_score_is_what_the_parts_give_by_hand(finished, judges, test_set):
+    from eval.asr import load_recognizer
+    from eval.metrics import word_errors
+    from eval.normalize import fair
+    from eval.speaker import cosine, load_encoder
+
+    score = stage(finished[0], "scores")[2]
+    wav = read_audio(score["audio"], 16000)
+    heard = load_recognizer(judges[1], "cpu").transcribe(wav, "en").text
+    counts = word_errors("sentence c of the set", fair(heard, "en"))
+    assert (score["errors"], score["units"]) == (counts.errors, 5)
+    encoder = load_encoder(judges[3], "cpu")
+    cosines = [
+        cosine(encoder.embed(wav), encoder.embed(read_audio(test_set.parent / f"{c}.wav", 16000)))
+        for c in ("c0", "c4")  # the other clips of the speaker
+    ]
+    assert any(score["sim_ref"] == pytest.approx(c, abs=1e-4) for c in cosines)
+
+
+def test_started_again_nothing_is_done_twice(finished, judges, test_set, monkeypatch):
+    out, summary = finished
+    before = {p: p.read_bytes() for p in out.glob("*.jsonl")}
+    for name in ("load_recognizer", "load_encoder"):
+        monkeypatch.setattr(run, name, None)  # calling either would raise
+    again = go(judges, test_set, out)
+    assert {p: p.read_bytes() for p in out.glob("*.jsonl")} == before
+    assert without_times(again) == without_times(summary)
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        (["--seed", "1"], "seed: was 0, now 1"),
+        (["--limit", "2"], "set.rows: was 6, now 2"),
+        (["--refs", "none"], "set.references"),
+        (["--normalizer", "whisper-english"], "normalizer: was 'fair-"),
+        (["--speaker", "none"], "encoder: was"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(finished, judges, test_set, more, field, capsys):
+    out = finished[0]
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    with pytest.raises(SystemExit, match="other settings") as refusal:
+        go(judges, test_set, out, *more)
+    assert field in str(refusal.value) and "another --out" in str(refusal.value)
+    assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_other_weights_under_the_same_name_are_refused(finished, judges, test_set, tmp_path):
+    other = random_whisper(tmp_path / "other.pt", seed=9)
+    with pytest.raises(SystemExit, match="asr.revision: was"):
+        go(["--asr", str(other), *judges[2:]], test_set, finished[0])
+
+
+def test_the_same_judges_in_another_place_are_the_same(finished, judges, test_set, tmp_path):
+    moved = shutil.copy(judges[1], tmp_path / "moved.pt")
+    go(["--asr", str(moved), *judges[2:]], test_set, finished[0])
+
+
+def test_killed_at_any_moment_a_run_goes_on_where_it_stopped(finished, judges, test_set, tmp_path):
+    """Each stage is cut after some lines, the last of them in the middle, as a kill leaves it."""
+    out, summary = finished
+    for number, name in enumerate(STAGES):
+        copy = tmp_path / name
+        shutil.copytree(out, copy)
+        for later in STAGES[number + 1 :]:
+            (copy / f"{later}.jsonl").unlink()
+        for file in ("summary.json", "report.html"):
+            (copy / file).unlink()
+        path = copy / f"{name}.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:2]) + lines[2][:20])
+        again = go(judges, test_set, copy)
+        assert path.read_bytes() == b"".join(lines)
+        assert without_times(again) == without_times(summary)
+
+
+def test_kill_dash_nine_while_hearing(finished, judges, test_set, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "eval.run", "--model", "human", "--set", str(test_set)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--out", str(out), *judges], cwd=ROOT, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    transcripts = out / "transcripts.jsonl"
+    while process.poll() is None:
+        if transcripts.is_file() and transcripts.read_bytes().count(b"\n") >= 2:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    kept = transcripts.read_bytes().splitlines(keepends=True)[:2]
+    again = go(judges, test_set, out)
+    assert transcripts.read_bytes().startswith(b"".join(kept))
+    assert len(stage(out, "transcripts")) == 6
+    assert without_times(again) == without_times(finished[1])
+
+
+def test_two_processes_do_not_write_into_one_folder(finished, judges, test_set):
+    with run._sole_writer(finished[0]), pytest.raises(SystemExit, match="another eval.run"):
+        go(judges, test_set, finished[0])
+
+
+def test_every_failure_is_counted(judges, test_set, tmp_path):
+    """Another tool's output with a silent clip, an empty one, a text file and one missing."""
+    folder = tmp_path / "wavs"
+    folder.mkdir()
+    for name in ("c0", "c1"):
+        shutil.copy(test_set.parent / f"{name}.wav", folder)
+    write_wav(folder / "c2.wav", np.zeros(24000), 24000)
+    write_wav(folder / "c3.wav", 0.1 * np.ones(1000), 24000)
+    (folder / "c4.wav").write_text("this is no sound")
+    summary = go(judges, test_set, tmp_path / "out", model=f"wavs:{folder}")
+    block = summary["languages"]["en"]
+    assert block["failures"] == {"missing": 2, "empty": 1, "silent": 1, "runaway": 0, "loop": 0}
+    assert block["judged"] == 6
+    scores = {row["id"]: row for row in stage(tmp_path / "out", "scores")}
+    assert all(scores[f"c{n}"]["errors"] == scores[f"c{n}"]["units"] == 5 for n in (2, 3, 4, 5))
+    assert "cannot be read as audio" in scores["c4"]["error"]
+    assert block["sim_ref"]["n"] == 2
+    assert block["duration_ratio_median"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_language_without_recogniser_is_shown_not_dropped(judges, test_set, tmp_path):
+    text = test_set.read_text().replace('"en"', '"zu"', 2)
+    path = test_set.parent / "mixed.jsonl"
+    path.write_text(text)
+    summary = go(judges, path, tmp_path / "out")
+    zulu = summary["languages"]["zu"]
+    assert zulu["clips"] == 2 and zulu["judged"] == 0 and zulu["error"] is None
+    assert zulu["sim_target"]["n"] > 0
+    assert summary["overall"]["judged"] == 4
+
+
+def test_nano_speaks_takes_differ_and_clips_do_not_depend_on_the_batch(
+    nano, judges, test_set, tmp_path
+):
+    more = ["--sampling", "max_frames=15", "--limit", "2"]
+    summary = go(judges, test_set, tmp_path / "a", *more, "--takes", "2", model="nano")
+    speech = {(row["id"], row["take"]): row for row in stage(tmp_path / "a", "speech")}
+    assert len(speech) == 4 and len({row["sha256"] for row in speech.values()}) == 4
+    assert all((tmp_path / "a" / row["audio"]).is_file() for row in speech.values())
+    assert summary["overall"]["clips"] == 4 and summary["overall"]["texts"] == 2
+    assert summary["overall"]["rtf_median"] > 0
+    go(judges, test_set, tmp_path / "b", *more, "--batch", "1", model="nano")
+    for row in stage(tmp_path / "b", "speech"):  # equal but for rounding in the batch
+        one, other = (read_audio(tmp_path / run / path, 24000) for run, path in
+                      (("a", speech[row["id"], 0]["audio"]), ("b", row["audio"])))  # fmt: skip
+        assert len(one) == len(other) and np.allclose(one, other, atol=2e-3)
+
+
+def test_a_system_of_one_way_gives_one_take(judges, test_set, tmp_path):
+    with pytest.raises(SystemExit, match="human says a text in one way"):
+        go(judges, test_set, tmp_path / "out", "--takes", "2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_floor_stands_beside_the_error_and_must_be_measured_alike(
+    finished, judges, test_set, tmp_path, capsys
+):
+    wavs = f"wavs:{test_set.parent}"
+    summary = go(judges, test_set, tmp_path / "a", "--floor", str(finished[0]), model=wavs)
+    human = finished[1]["languages"]["en"]["error"]["value"]
+    assert summary["floor"]["en"]["value"] == human
+    assert "recogniser-limited" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--floor .*: set.revision is"):
+        more = ["--limit", "2", "--floor", str(finished[0])]
+        go(judges, test_set, tmp_path / "b", *more, model=wavs)
+    with pytest.raises(SystemExit, match="that run is of wavs"):
+        go(judges, test_set, tmp_path / "c", "--floor", str(tmp_path / "a"))
+
+
+def test_bad_requests_say_what_to_give(judges, test_set, tmp_path):
+    for more, message in [
+        (["--asr", "nope"], "recogniser 'nope' is no checkpoint file"),
+        (["--speaker", "/nope"], "encoder '/nope' is neither a folder"),
+        (["--sampling", "x"], "write key=value"),
+        (["--langs", "tlh"], "'tlh' has no row"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            go(judges, test_set, tmp_path / "out", *more)
+    with pytest.raises(SystemExit, match="does not exist"):
+        go(judges, tmp_path / "none.jsonl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def rewritten(source: Path, out: Path, change) -> Path:
+    """A copy of a run whose scores went through `change`: a run made worse on purpose."""
+    shutil.copytree(source, out)
+    rows = [change(dict(row)) for row in stage(source, "scores")]
+    lines = (json.dumps(row) + "\n" for row in rows)
+    (out / "scores.jsonl").write_text("".join(lines))
+    return out
+
+
+def test_compare_pairs_by_text_and_names_the_better(finished, tmp_path, capsys):
+    good = rewritten(finished[0], tmp_path / "good", lambda r: r | {"errors": 1})
+    bad = rewritten(good, tmp_path / "bad", lambda r: r | {"errors": 2 + (r["id"] == "c0")})
+    result = compare(good, bad)
+    difference = result["languages"]["en"]["error"]
+    assert difference["value"] == pytest.approx((13 - 6) / 30) and difference["low"] > 0
+    assert difference["texts"] == 6 and difference["p"] < 0.05
+    assert compare(bad, good)["languages"]["en"]["error"]["value"] == -difference["value"]
+    assert result["languages"]["en"]["sim_ref"]["value"] == 0
+    compare_main([str(good), str(bad), "--json", str(tmp_path / "d.json")])
+    assert "B is worse" in capsys.readouterr().out
+    assert json.loads((tmp_path / "d.json").read_text())["languages"]["en"]
+
+
+def test_compare_says_when_the_set_is_too_small(finished, tmp_path):
+    noisy = rewritten(
+        finished[0], tmp_path / "noisy", lambda r: r | {"errors": 9 * (r["id"] < "c3")}
+    )
+    lines = advice(compare(finished[0], noisy))
+    assert len(lines) == 1 and "6 texts" in lines[0] and "are needed" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("set", "revision"), ("asr", "revision"), ("encoder", "revision"), ("asr", "precision")],
+)
+def test_compare_refuses_runs_that_were_measured_differently(finished, tmp_path, section, key):
+    other = tmp_path / "other"
+    shutil.copytree(finished[0], other)
+    summary = json.loads((other / "summary.json").read_text())
+    summary["config"][section][key] = "another"
+    (other / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=f"cannot be compared: {section}.{key} is"):
+        compare(finished[0], other)
+
+
+def test_compare_leaves_similarity_to_different_references_out(finished, judges, test_set,
+                                                               tmp_path):  # fmt: skip
+    go(judges, test_set, tmp_path / "b", "--refs", "none")
+    result = compare(finished[0], tmp_path / "b")
+    assert "sim_ref" not in result["languages"]["en"] and "references" in result["notes"][0]
+    assert result["languages"]["en"]["sim_target"]["value"] == pytest.approx(0)
+
+
+def test_compare_of_an_unfinished_run_says_to_finish_it(finished, tmp_path):
+    with pytest.raises(SystemExit, match="has no summary.json: finish that run"):
+        compare_main([str(finished[0]), str(tmp_path)])
+
+
+def test_real_recordings_end_to_end(speech_dir, judges, tmp_path):
+    summary = go(judges, speech_dir / "manifest.jsonl", tmp_path / "out", "--limit", "3")
+    assert summary["overall"]["clips"] == 3 and summary["overall"]["failed"] == 0
