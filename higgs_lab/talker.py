@@ -122,6 +122,16 @@ class Talker(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.codebooks.weight.dtype
 
+    def _apply(self, fn, recurse: bool = True) -> Talker:
+        """Behind .to(), .bfloat16(), .cuda(): a cast must not round the rotary frequencies.
+
+        In bf16 they are off by up to 1/512, so that some hundred positions on angles are wrong by a
+        radian, and nothing says so.
+        """
+        super()._apply(fn, recurse)
+        self.materialize_rope(self.device)
+        return self
+
     def materialize_rope(self, device: torch.device | str) -> None:
         """Compute the rotary frequencies: they are no weights, so loading leaves them on meta."""
         self.model.rotary_emb = Qwen3RotaryEmbedding(self.config).to(device)
