@@ -83,11 +83,14 @@ def to_talker_key(key: str) -> str | None:
     """Talker key of a native key; None for codec keys and tied copies; ValueError when unknown."""
     if key.startswith(CODEC_PREFIX) or key in TIED_COPIES:
         return None
+    adapter = "lora_" in key or "base_layer" in key or key.startswith("base_model.")
     for native, ours in KEY_TABLE.items():
-        if key.startswith(native):
-            return ours + key[len(native) :]
+        if key.startswith(native) and not adapter:
+            found = ours + key[len(native) :]
+            if to_native_key(found) == key:  # body.embed_tokens would pass for the text table
+                return found
     hint = ""
-    if "lora_" in key or "base_layer" in key or key.startswith("base_model."):
+    if adapter:
         hint = ": an unmerged adapter; merge it with `python -m serve.export`"
     elif key.startswith(("model.", "audio_embedding.", "audio_head.")):
         hint = ": the key of a Hugging Face port; convert it with `python -m serve.export --from`"
@@ -276,14 +279,12 @@ def copy_side_files(base: Path, out: Path) -> None:
 def save_native(talker: Talker, base: str | Path, out: str | Path) -> None:
     """Write the talker's weights as a native directory with the key set of `base`; atomic."""
     state = talker.state_dict()
-    used = {}
 
     def edit(key: str, tensor: Tensor) -> Tensor:
         ours = to_talker_key(key)
-        if ours is None:
-            return tensor
-        used[ours] = True
-        return state[ours]
+        if ours is not None and ours not in state:
+            raise ValueError(f"the base {base} has {key!r}, the talker does not: another model")
+        return tensor if ours is None else state[ours]
 
     unknown = sorted(set(state) - {to_talker_key(k) for k in NativeFiles(base).keys()})
     if unknown:

@@ -55,7 +55,7 @@ def write_safetensors(
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for key, tensor in tensors:
-            want, (dtype, shape) = next(expected)
+            want, (dtype, shape) = next(expected, ("no more tensors", ("", [])))
             if key != want or NAMES[tensor.dtype] != dtype or list(tensor.shape) != list(shape):
                 raise ValueError(
                     f"{path}: got {key} {tensor.dtype} {list(tensor.shape)}, "
