@@ -61,8 +61,8 @@ class Vocab:
         if audio["vocab_size"] != EOC + 1:
             raise ValueError(
                 f"{path / 'config.json'}: audio_encoder_config.vocab_size is "
-                f"{audio['vocab_size']}, but codebooks end with BOC={BOC} and EOC={EOC}, so it must "
-                f"be {EOC + 1}"
+                f"{audio['vocab_size']}, but codebooks end with BOC={BOC} and EOC={EOC}, so it "
+                f"must be {EOC + 1}"
             )
         # tokenizer.json is read directly: AutoTokenizer also follows tokenizer_config.json, which
         # drifted between releases (sglang-omni engine_builder.py notes the same).
