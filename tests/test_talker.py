@@ -35,7 +35,9 @@ def table_slices(talker: Talker) -> list[torch.Tensor]:
 
 def by_hand(talker: Talker, sequence) -> torch.Tensor:
     """Logits [L, K, V] from transformers' Qwen3ForCausalLM, embedding and head written out."""
-    causal = Qwen3ForCausalLM(copy.deepcopy(talker.config)).to(talker.dtype).eval()
+    causal = Qwen3ForCausalLM(copy.deepcopy(talker.config)).eval()
+    for parameter in causal.parameters():  # not .to(), which would round the rotary frequencies
+        parameter.data = parameter.data.to(talker.dtype)
     causal.model.load_state_dict(talker.model.state_dict())
     tables = table_slices(talker)
     embeds = []
@@ -152,6 +154,19 @@ def test_trap08_rotary_frequencies_are_those_of_theta_one_million():
     torch.testing.assert_close(talker.model.rotary_emb.inv_freq, wanted)
     reference = Qwen3ForCausalLM(Qwen3Config(**copy.deepcopy(TEXT_CONFIG))).model.rotary_emb
     assert torch.equal(talker.model.rotary_emb.inv_freq, reference.inv_freq)
+
+
+@torch.no_grad()
+def test_trap08_a_cast_does_not_round_the_rotary_frequencies():
+    """`.bfloat16()` casts buffers too: some hundred positions on, angles are off by a radian."""
+    wanted = tiny_talker().model.rotary_emb.inv_freq
+    for cast in (tiny_talker().bfloat16(), tiny_talker().half(), tiny_talker().to(torch.bfloat16)):
+        assert torch.equal(cast.model.rotary_emb.inv_freq, wanted)
+        assert cast.model.layers[0].mlp.up_proj.weight.dtype in (torch.bfloat16, torch.float16)
+    wrapped = torch.nn.Sequential(tiny_talker()).bfloat16()  # as a PEFT model or a trainer does
+    assert torch.equal(wrapped[0].model.rotary_emb.inv_freq, wanted)
+    there = meta_talker(TEXT_CONFIG).to_empty(device="cpu")
+    assert torch.equal(there.model.rotary_emb.inv_freq, wanted)
 
 
 @pytest.mark.parametrize(
