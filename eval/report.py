@@ -148,9 +148,16 @@ def notes(summary: dict) -> list[str]:
     if overall["failed"]:
         kinds = ", ".join(f"{n} {name}" for name, n in overall["failures"].items() if n)
         lines.append(f"failed clips have all words wrong in 'error': {kinds}")
+    for reason, count in summary["reasons"]:
+        lines.append(f"{count} not spoken: {reason}")
     if config["asr"] and overall["judged"] < overall["clips"]:
         deaf = [c for c, b in summary["languages"].items() if not b["judged"]]
         lines.append(f"no recogniser for {', '.join(deaf)}: no error rates there")
+    if not summary["floor"] and overall["error_valid"] and overall["error_valid"]["value"] > 0.5:
+        lines.append(
+            "more than half the words are wrong: is it the voice or the recogniser? Run --model "
+            "human on this set and give that run as --floor"
+        )
     if digits := overall["flags"].get("digits"):
         lines.append(f"{digits} clips have digits, which are compared as written, not as spoken")
     if flags := {k: v for k, v in overall["flags"].items() if k != "digits"}:

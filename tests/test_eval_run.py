@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import run
+from eval import run, stages
 from eval.compare import advice, compare
 from eval.compare import main as compare_main
 from higgs_lab.audio import read_audio, write_wav
@@ -107,7 +107,7 @@ def test_started_again_nothing_is_done_twice(finished, judges, test_set, monkeyp
     out, summary = finished
     before = {p: p.read_bytes() for p in out.glob("*.jsonl")}
     for name in ("load_recognizer", "load_encoder"):
-        monkeypatch.setattr(run, name, None)  # calling either would raise
+        monkeypatch.setattr(stages, name, None)  # calling either would raise
     again = go(judges, test_set, out)
     assert {p: p.read_bytes() for p in out.glob("*.jsonl")} == before
     assert without_times(again) == without_times(summary)
@@ -205,6 +205,7 @@ def test_every_failure_is_counted(judges, test_set, tmp_path):
     scores = {row["id"]: row for row in stage(tmp_path / "out", "scores")}
     assert all(scores[f"c{n}"]["errors"] == scores[f"c{n}"]["units"] == 5 for n in (2, 3, 4, 5))
     assert "cannot be read as audio" in scores["c4"]["error"]
+    assert sorted(count for _, count in summary["reasons"]) == [1, 1]
     assert block["sim_ref"]["n"] == 2
     assert block["duration_ratio_median"] == pytest.approx(1.0, abs=0.01)
 

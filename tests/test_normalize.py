@@ -144,6 +144,8 @@ def test_language_table_matches_the_model_card():
     chars = {row.code for row in rows if row.unit == "char"}
     assert chars == {"zh", "yue", "ja", "th", "lo", "km", "my", "bo"}
     assert len({row.iso3 for row in rows}) == len(rows)
+    without_fleurs = {row.code for row in rows if row.tier and not row.fleurs}
+    assert without_fleurs == set("ba eu mhr eo ht rw ug sq kab la".split())
 
 
 def test_whisper_codes_exist_in_the_installed_package():

@@ -30,7 +30,13 @@ def finish(scores):
         "normalizer": "fair-1",
         "metrics": "1",
     }
-    rest = {"references": {"none": len(scores)}, "similarity_pairs": None, "floor": None}
+    reasons = [["no voice for it", 1]] if any(s["audio"] is None for s in scores) else []
+    rest = {
+        "reasons": reasons,
+        "references": {"none": len(scores)},
+        "similarity_pairs": None,
+        "floor": None,
+    }
     return summarise(scores) | rest | {"config": config, "provenance": {"time": "now"}}
 
 
@@ -126,7 +132,15 @@ def test_notes_tell_what_the_numbers_hide():
     ]
     notes = " | ".join(report.notes(finish(scores)))
     assert "all words wrong in 'error': 1 missing" in notes
+    assert "1 not spoken: no voice for it" in notes
     assert "no recogniser for zu" in notes and "1 clips have digits" in notes
+
+
+def test_a_recogniser_that_may_be_deaf_is_not_passed_over():
+    """Judges with random weights give 100 %: the page must not leave that to the voice."""
+    wrong, right = scored("a", "one two", "x y"), scored("a", "one two", "one two")
+    assert any("--floor" in note for note in report.notes(finish([wrong])))
+    assert not any("--floor" in note for note in report.notes(finish([right])))
 
 
 def test_differences_name_the_setting_and_look_past_file_names():
