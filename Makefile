@@ -14,11 +14,11 @@ PY := $(BIN)/python
 SERVE_PY := .venv-serve/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines serve-env demo test test-serve lint clean
+.PHONY: help setup engines serve-env demo notebooks test test-serve lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
-	@echo "targets: setup engines serve-env demo test test-serve lint clean"
+	@echo "targets: setup engines serve-env demo notebooks test test-serve lint clean"
 
 setup: .venv/.ready
 engines: .engines/.ready
@@ -62,6 +62,10 @@ test: setup engines
 
 test-serve: setup engines serve-env
 	$(PY) -m pytest -m serve $(PYTEST)
+
+# Executes the notebooks on the demo's output (OUT=folder), without changing them.
+notebooks: setup
+	HIGGS_LAB_DEMO=$(abspath $(OUT)) $(BIN)/jupyter execute notebooks/*.ipynb
 
 lint: setup
 	$(BIN)/ruff check .

@@ -124,7 +124,7 @@ def show_rows(vocab: Vocab, example: Example, color: bool = True, max_rows: int 
     names = {BOC: "BOC", EOC: "EOC"}
 
     def cell(value: int, marked: bool) -> str:
-        text = f"{names.get(value, value):>4}"
+        text = f"{names.get(value, value):>5}"
         return f"{green}{text}{off}" if marked else f"{dim}{text}{off}"
 
     lines = [
@@ -143,7 +143,7 @@ def show_rows(vocab: Vocab, example: Example, color: bool = True, max_rows: int 
             entry = "".join(cell(int(v), False) for v in example.rows[i])
         else:
             entry = repr(vocab.tokenizer.decode([int(example.ids[i])]))
-        line = f"{i:5d}  {entry:<34}"
+        line = f"{i:5d}  {entry:<42}"
         if i >= example.prompt_length - 1:
             marks = zip(example.labels[i], example.supervised[i], strict=True)
             line += " -> " + "".join(cell(int(v), bool(m)) for v, m in marks)
