@@ -51,7 +51,8 @@ class Sampling:
             raise ValueError(
                 f"mode {self.mode!r} is unknown; there are {', '.join(ENGINE_DEFAULTS)}"
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_frames < 1:
+        in_range = 0 <= self.temperature < float("inf") and 0 < self.top_p <= 1  # False for NaN
+        if not in_range or self.top_k < 0 or self.max_frames < 1:
             raise ValueError(
                 "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_frames >= 1, "
                 f"got {self}"
@@ -197,13 +198,15 @@ class SamplingTensors:
 
 
 def keep_probabilities(logits: Tensor, options: SamplingTensors) -> tuple[Tensor, Tensor]:
-    """(probabilities after temperature, top-k and top-p, ids), both [B, K, n], most likely first.
+    """(probabilities after temperature, top-k and top-p, ids), both [B, K, V], most likely first.
 
-    top-p keeps the entry that crosses the threshold, and always the first. n is the largest top-k.
+    top-p keeps the entry that crosses the threshold, and always the first. The sort is stable and
+    whole: bf16 logits tie often, and topk orders ties by how many it was asked for, so that a batch
+    mate's top_k would change what is drawn here.
     """
-    width = int(options.top_k.max().clamp(max=logits.shape[-1]))
-    top, ids = (logits / options.temperature).topk(width, dim=-1)
-    rank = torch.arange(width, device=logits.device)
+    scaled = logits / options.temperature
+    top, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
     top = top.masked_fill(rank >= options.top_k, float("-inf"))
     probs = top.softmax(-1)
     before = probs.cumsum(-1) - probs
@@ -225,7 +228,7 @@ def sample(logits: Tensor, options: SamplingTensors, step: int) -> Tensor:
     return torch.where(options.greedy[..., 0], best, drawn)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what comes out may serve in training
 def generate(
     talker: Talker,
     prompts: Sequence[Prompt],
@@ -270,7 +273,7 @@ def generate(
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what comes out may serve in training
 def generate_naive(
     talker: Talker, prompt: Prompt, sampling: Sampling = Sampling(), log_probs: bool = False
 ) -> Generation:
@@ -302,6 +305,7 @@ class _Run:
         self.limit = torch.tensor([max_rows(r, num_codebooks) for r in requests], device=device)
         self.length = torch.zeros_like(self.limit)
         self.active = torch.ones_like(self.limit, dtype=torch.bool)
+        self.ended = torch.zeros_like(self.active)  # by its own EOC, not while idle after the cap
         self.rows: list[Tensor] = []
         self.log_probs: list[Tensor] | None = [] if log_probs else None
 
@@ -320,6 +324,7 @@ class _Run:
             self.log_probs.append(scaled.gather(-1, row[..., None])[..., 0])
         self.rows.append(row)
         self.length += self.active
+        self.ended |= self.active & self.state.done
         self.active = self.active & ~self.state.done & (self.length < self.limit)
         return row if bool(self.active.any()) else None
 
@@ -333,7 +338,7 @@ class _Run:
                 Generation(
                     codes=codes_from_rows(rows[i, :n], request.mode),
                     rows=rows[i, :n].clone(),
-                    stop_reason="eoc" if bool(self.state.done[i]) else "max_frames",
+                    stop_reason="eoc" if bool(self.ended[i]) else "max_frames",
                     log_probs=None if chances is None else chances[i, :n].clone(),
                 )
             )
