@@ -45,15 +45,16 @@ class LossSums:
 
     def means(self) -> dict[str, float]:
         """For the log: loss, loss_code/k, loss_eoc and loss_eoc/0; empty parts are left out."""
-        total, count = self.weighted()
+        sums = LossSums.unstack(self.stack().detach().cpu())  # one transfer, not one a figure
+        total, count = sums.weighted()
         figures = {"loss": float(total / count.clamp(min=1))}
-        for k in range(len(self.code_sum)):
-            if self.code_count[k] > 0:
-                figures[f"loss_code/{k}"] = float(self.code_sum[k] / self.code_count[k])
-        if self.eoc_count.sum() > 0:
-            figures["loss_eoc"] = float(self.eoc_sum.sum() / self.eoc_count.sum())
+        for k in range(len(sums.code_sum)):
+            if sums.code_count[k] > 0:
+                figures[f"loss_code/{k}"] = float(sums.code_sum[k] / sums.code_count[k])
+        if sums.eoc_count.sum() > 0:
+            figures["loss_eoc"] = float(sums.eoc_sum.sum() / sums.eoc_count.sum())
             # The stop decision both engines read: codebook 0's EOC.
-            figures["loss_eoc/0"] = float(self.eoc_sum[0] / self.eoc_count[0].clamp(min=1))
+            figures["loss_eoc/0"] = float(sums.eoc_sum[0] / sums.eoc_count[0].clamp(min=1))
         return figures
 
 
