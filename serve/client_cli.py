@@ -158,7 +158,3 @@ def main() -> None:
             _one_text(args, options)
     except (client.ServerError, ValueError, OSError) as error:
         sys.exit(f"serve.client: {error}")
-
-
-if __name__ == "__main__":
-    main()

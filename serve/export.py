@@ -6,8 +6,8 @@
 
 The result has the base's keys, shapes, dtypes and shards, a complete index, the codec untouched,
 `audio_tokenizer/` (vLLM-Omni's clone encoder), `deploy/*.yaml`, a model card, and `export.json`
-with every check and its figure. It appears whole or not at all. Memory stays below 4 GB for the 4B
-model: tensors pass through one at a time.
+with every check and its figure. It appears whole or not at all. Tensors pass through one at a time,
+so merging the 4B model takes a few GB of memory.
 """
 
 from __future__ import annotations

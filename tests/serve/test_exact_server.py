@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ENDING_ROW, ENDING_TEXT
+from served import ENDING_ROW, ENDING_TEXT
 
 from higgs_lab.delay import delay
 from higgs_lab.generate import Sampling, codes_from_rows, generate
@@ -25,7 +25,8 @@ from serve.client import (
     speak,
 )
 
-TEXTS = ["Hello there.", "One, two, three: 42!", "<|emotion:elation|>Great, 你好."]
+LONG = "One, two, three: 42!"  # goes on until it is cut
+TEXTS = ["Hello there.", LONG, "<|emotion:elation|>Great, 你好."]
 ROWS = 60
 
 
@@ -112,9 +113,9 @@ def test_clone_uses_our_codec_and_gives_our_codes(exact, talker, codec, vocab, r
 
 def test_trap39_a_clone_differs_from_plain_speech(exact, reference):
     """vLLM-Omni drops a reference that does not fit with a debug line, and speaks in any voice."""
-    speak(exact.url, "Same text.", temperature=0.0, max_new_tokens=ROWS)
+    speak(exact.url, LONG, temperature=0.0, max_new_tokens=ROWS)
     _, plain = exact.dumps.last()
-    speak(exact.url, "Same text.", ref_audio=reference, temperature=0.0, max_new_tokens=ROWS)
+    speak(exact.url, LONG, ref_audio=reference, temperature=0.0, max_new_tokens=ROWS)
     _, cloned = exact.dumps.last()
     assert not torch.equal(plain, cloned)
 
@@ -138,7 +139,7 @@ def test_concurrent_greedy_requests_are_not_mixed_up(exact, talker, vocab):
 
 def test_trap23_seeds_rule_sampling_and_no_seed_draws_anew(exact):
     def take(**options) -> bytes:
-        return speak(exact.url, "Sampled.", max_new_tokens=30, **options)
+        return speak(exact.url, LONG, max_new_tokens=30, **options)
 
     assert take(seed=1) == take(seed=1)
     assert take(seed=1) != take(seed=2)
@@ -146,13 +147,13 @@ def test_trap23_seeds_rule_sampling_and_no_seed_draws_anew(exact):
 
 
 def test_trap24_max_new_tokens_limits_the_sound(exact):
-    data = speak(exact.url, "A text that would take longer.", seed=3, max_new_tokens=50)
+    data = speak(exact.url, LONG, seed=3, max_new_tokens=50)
     assert len(samples(data)) <= 50 * 960
 
 
 def test_trap25_top_level_temperature_is_ignored_over_there(exact):
     """Why the client puts it into extra_params."""
-    body = {"input": "Hi there.", "temperature": 0.0, "max_new_tokens": 30}
+    body = {"input": LONG, "temperature": 0.0, "max_new_tokens": 30}
 
     def take(extra: dict) -> bytes:
         request = _request(exact.url, "/v1/audio/speech", None, json_body=body | extra)
