@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from higgs_lab.checkpoint import NativeFiles, to_native_key
+from higgs_lab.checkpoint import NativeFiles, to_talker_key
 from higgs_lab.prompt import Prompt
 from higgs_lab.runlog import atomic_path, write_json_atomic
 from higgs_lab.talker import Talker
@@ -63,13 +63,19 @@ def trainable_names(model: torch.nn.Module) -> list[str]:
 
 
 def base_fingerprint(path: str | Path) -> str:
-    """16 hex digits that tell a base from another: its text_config and its audio table."""
+    """16 hex digits that tell a base from another: its text_config and a row of each tensor.
+
+    A row of each, since a merged LoRA changes every layer and leaves the tables as they were; not
+    all of them, since that would read 8 GB.
+    """
     path = Path(path)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))["text_config"]
     keep = sorted((k, v) for k, v in config.items() if not k.startswith("_"))
     digest = hashlib.sha256(json.dumps(keep).encode())
-    for _, table in NativeFiles(path).items([to_native_key("codebooks.weight")]):
-        digest.update(table.contiguous().view(torch.uint8).numpy().tobytes())
+    files = NativeFiles(path)
+    for key in sorted(k for k in files.keys() if to_talker_key(k) is not None):
+        digest.update(key.encode())
+        digest.update(files.first_row(key).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -134,11 +140,11 @@ def load_adapter(talker: Talker, path: str | Path, base: str | Path | None = Non
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: the adapter folder is incomplete")
+    loaded = set(NativeFiles(folder).keys())  # first, as it names a file that is cut
     try:
         model = PeftModel.from_pretrained(talker, str(folder))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"adapter {folder} does not fit this model: {error}") from error
-    loaded = set(NativeFiles(folder).keys())
     expected = {name.replace(".default", "") for name, _ in adapter_parameters(model)}
     if loaded != expected:
         odd = sorted(loaded ^ expected)[0]

@@ -160,6 +160,12 @@ class NativeFiles:
                     if wanted is None or key in wanted:
                         yield key, tensors.get_tensor(key)
 
+    def first_row(self, key: str) -> Tensor:
+        """The first row of a matrix, all of a vector, read alone."""
+        with self._open(self.shard[key]) as tensors:
+            part = tensors.get_slice(key)
+            return part[:1] if len(part.get_shape()) > 1 else tensors.get_tensor(key)
+
     def specs(self, file: str) -> dict[str, tuple[str, list[int]]]:
         """key -> (safetensors dtype name, shape) of one file, in the order of its bytes."""
         with self._open(file) as tensors:
