@@ -217,15 +217,19 @@ def keep_probabilities(logits: Tensor, options: SamplingTensors) -> tuple[Tensor
 
 
 def sample(logits: Tensor, options: SamplingTensors, step: int) -> Tensor:
-    """Masked fp32 logits [B, K, V] -> ids [B, K]."""
+    """Masked fp32 logits [B, K, V] -> ids [B, K].
+
+    The draw goes through the ids in their own order, not by rank: entries of almost equal logits
+    swap ranks with the rounding of another batch size, and the draw would go with them.
+    """
     best = logits.argmax(-1)
     probs, ids = keep_probabilities(logits, options)
+    by_id = torch.zeros_like(probs).scatter(-1, ids, probs)
+    cumulative = by_id.cumsum(-1)
     u = uniforms(options.seeds, step, logits.shape[1])[..., None]
-    cumulative = probs.cumsum(-1)
-    place = (cumulative <= u * cumulative[..., -1:]).sum(-1, keepdim=True)
-    last = (probs > 0).sum(-1, keepdim=True) - 1  # rounding must not pick what was cut
-    drawn = ids.gather(-1, place.minimum(last))[..., 0]
-    return torch.where(options.greedy[..., 0], best, drawn)
+    place = (cumulative <= u * cumulative[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    possible = by_id.gather(-1, place[..., None])[..., 0] > 0  # rounding must not pick what was cut
+    return torch.where(options.greedy[..., 0] | ~possible, best, place)
 
 
 @torch.no_grad()  # not inference_mode: what comes out may serve in training
