@@ -131,8 +131,9 @@ def random_codec(config: dict, seed: int) -> HiggsAudioV2TokenizerModel:
     """
     torch.manual_seed(seed)
     model = HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig(**copy.deepcopy(config))).eval()
+    model.double()  # so that weights rounded to bf16 are the same on any machine and thread count
     rate, seconds = model.config.sample_rate, 48
-    time = torch.arange(rate * seconds) / rate
+    time = torch.arange(rate * seconds).double() / rate
     sweep = torch.sin(2 * torch.pi * (100 * time + 40 * time**2)) * (1 + torch.sin(9 * time)) / 4
     wav = (sweep + 0.1 * torch.randn_like(time) * torch.sin(3 * time).abs())[None, None]
     grabbed: list[Tensor] = []
@@ -148,13 +149,14 @@ def random_codec(config: dict, seed: int) -> HiggsAudioV2TokenizerModel:
         layer.codebook.embed.copy_(projected[pick])
         layer.codebook.embed_avg.copy_(5 * projected[pick])
         layer.codebook.cluster_size.fill_(5)
-        # the least-squares way back, so that each stage really removes something
-        inverse = torch.linalg.lstsq(projected, flat - flat.mean(0)).solution
+        # the way back, so that each stage really removes something; the ridge steadies it
+        gram = projected.T @ projected + 1e-3 * len(projected) * torch.eye(len(projected.T))
+        inverse = torch.linalg.solve(gram, projected.T @ (flat - flat.mean(0)))
         layer.project_out.weight.copy_(inverse.T)
         layer.project_out.bias.copy_(flat.mean(0))
         residual = residual - layer.decode(layer.encode(residual))
     codes = model.encode(wav).audio_codes
-    last = model.acoustic_decoder.conv2
+    last = model.float().acoustic_decoder.conv2
     wave = model.decode(codes[..., :200]).audio_values
     last.weight.div_(wave.std() / 0.05)
     last.bias.zero_()
