@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -413,6 +414,17 @@ def test_a_failed_save_leaves_nothing(base, tmp_path):
 
     with pytest.raises(RuntimeError, match="out of luck"):
         rewrite_native(base, tmp_path / "out", breaks_late)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(base, tmp_path):
+    def full(key, tensor):
+        if key == "body.norm.weight":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return tensor
+
+    with pytest.raises(OSError, match="disk is full|No space left"):
+        rewrite_native(base, tmp_path / "out", full)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
