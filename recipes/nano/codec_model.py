@@ -1,0 +1,173 @@
+"""The nano codec: `HiggsAudioV2TokenizerModel` with small widths, and a differentiable pass.
+
+Rates, codebooks and the topology are the real codec's; encoder, decoder and HuBERT are narrow. The
+HuBERT branch is random and frozen, and the columns of `fc` that read it are zero: nobody needs a
+semantic teacher for a synthetic voice, and codes then do not depend on a clip's padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ENCODER_HIDDEN, DECODER_HIDDEN = 12, 384
+SEMANTIC_HIDDEN = 32
+ACOUSTIC_HIDDEN = 256  # the serving engine's decoder input; must stay
+
+
+def codec_config(decoder_hidden: int = DECODER_HIDDEN, encoder_hidden: int = ENCODER_HIDDEN):
+    from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HubertConfig
+
+    return HiggsAudioV2TokenizerConfig(
+        sample_rate=24_000,
+        semantic_sample_rate=16_000,
+        downsample_factor=320,
+        codebook_dim=64,
+        codebook_size=1024,
+        target_bandwidths=[0.5, 1, 1.5, 2],
+        kernel_size=3,
+        unit_kernel_size=3,
+        strides=[1, 1],
+        channel_ratios=[1, 1],
+        block_dilations=[1, 1],
+        acoustic_model_config=DacConfig(
+            encoder_hidden_size=encoder_hidden,
+            decoder_hidden_size=decoder_hidden,
+            hidden_size=ACOUSTIC_HIDDEN,
+            downsampling_ratios=[8, 5, 4, 2, 3],
+            upsampling_ratios=[8, 5, 4, 2, 3],
+            codebook_dim=8,
+            codebook_size=1024,
+            n_codebooks=9,
+            sampling_rate=16_000,
+        ),
+        semantic_model_config=HubertConfig(
+            hidden_size=SEMANTIC_HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            conv_dim=[16] * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            mask_time_prob=0.0,
+            apply_spec_augment=False,
+        ),
+    )
+
+
+def build_codec(**sizes: int):
+    """A codec with random weights and a silent semantic branch."""
+    from transformers import HiggsAudioV2TokenizerModel
+
+    model = HiggsAudioV2TokenizerModel(codec_config(**sizes))
+    with torch.no_grad():
+        model.fc.weight[:, ACOUSTIC_HIDDEN:] = 0
+        for part in (model.acoustic_encoder, model.acoustic_decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                    module.reset_parameters()  # 0.02 everywhere lets thin layers start almost mute
+    return model
+
+
+def encode_hidden(model, wav: Tensor) -> Tensor:
+    """wav [B, n] (n a multiple of 960) -> embeddings before the quantiser [B, hidden, n / 960]."""
+    frames = wav.shape[-1] // 960
+    wav = wav[:, None]
+    if model._get_conv1d_output_lengths(wav.shape[-1], model.acoustic_encoder) != frames:
+        wav = F.pad(wav, (model.pad, model.pad))  # as HiggsAudioV2TokenizerModel.encode does
+    acoustic = model.acoustic_encoder(wav)
+    weight = model.fc.weight[:, :ACOUSTIC_HIDDEN]
+    return F.conv1d(acoustic, weight[..., None].to(acoustic.dtype), model.fc.bias)
+
+
+def quantise(model, hidden: Tensor) -> Tensor:
+    """hidden [B, hidden, T] -> codes [B, T, K], as the model's own quantiser."""
+    return model.quantizer.encode(hidden.float()).permute(1, 2, 0)
+
+
+def decode_codes(model, codes: Tensor) -> Tensor:
+    """codes [B, T, K] -> wav [B, T * 960]."""
+    return model.decode(codes.transpose(1, 2), return_dict=False)[:, 0]
+
+
+def encode_codes(model, wav: Tensor) -> Tensor:
+    """wav [B, n] -> codes [B, ceil(n / 960), K]; pads with zeros to whole frames."""
+    wav = F.pad(wav, (0, -wav.shape[-1] % 960))
+    return quantise(model, encode_hidden(model, wav))
+
+
+class TrainableRVQ(nn.Module):
+    """Straight-through residual quantisation over the model's quantisers, with EMA codebooks."""
+
+    def __init__(self, quantizer, decay: float = 0.99):
+        super().__init__()
+        self.quantizer, self.decay = quantizer, decay
+        self.steps = 0
+
+    @torch.no_grad()
+    def start(self, hidden: Tensor, rounds: int = 12) -> None:
+        """k-means of every codebook on real data, each on what the ones before left over."""
+        residual = hidden.float().transpose(1, 2)
+        for layer in self.quantizer.quantizers:
+            x = layer.project_in(residual).flatten(0, 1)
+            book = layer.codebook
+            centres = x[torch.randperm(len(x), device=x.device)[: book.codebook_size]].clone()
+            if len(centres) < book.codebook_size:  # tiny smoke runs
+                centres = centres.repeat(-(-book.codebook_size // len(centres)), 1)
+                centres = (
+                    centres[: book.codebook_size]
+                    + 1e-3 * torch.randn_like(centres)[: book.codebook_size]
+                )
+            for _ in range(rounds):
+                nearest = torch.cdist(x, centres).argmin(-1)
+                count = torch.bincount(nearest, minlength=len(centres)).float()
+                total = torch.zeros_like(centres).index_add_(0, nearest, x)
+                empty = count == 0
+                centres = total / count.clamp(min=1)[:, None]
+                centres[empty] = x[torch.randint(len(x), (int(empty.sum()),), device=x.device)]
+            book.embed.copy_(centres)
+            book.cluster_size.fill_(len(x) / len(centres))
+            book.embed_avg.copy_(centres * book.cluster_size[:, None])
+            residual = residual - layer.project_out(centres[nearest].view(*residual.shape[:2], -1))
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, H, T], keep [B] number of codebooks to use -> (quantised [B, H, T],
+        commitment loss, residual loss). Updates the codebooks in training mode."""
+        hidden = hidden.float().transpose(1, 2)
+        residual, total = hidden, torch.zeros_like(hidden)
+        commit = left = hidden.new_zeros(())
+        scale = hidden.detach().var() + 1e-6
+        for depth, layer in enumerate(self.quantizer.quantizers):
+            x = layer.project_in(residual)
+            book = layer.codebook
+            flat = x.detach().flatten(0, 1)
+            index = book.quantize(flat)
+            q = F.embedding(index, book.embed).view_as(x)
+            if self.training:
+                self._update(book, flat, index)
+            commit = commit + F.mse_loss(x, q) / (flat.var() + 1e-6)
+            out = layer.project_out(x + (q - x).detach())
+            used = (keep > depth).to(out)[:, None, None]
+            total = total + out * used
+            residual = residual - out
+            left = left + F.mse_loss(layer.project_out(q), (residual + out).detach()) / scale
+        self.steps += 1
+        K = len(self.quantizer.quantizers)
+        return total.transpose(1, 2), commit / K, left / K
+
+    @torch.no_grad()
+    def _update(self, book, flat: Tensor, index: Tensor) -> None:
+        count = torch.zeros_like(book.cluster_size).index_add_(
+            0, index, torch.ones_like(flat[:, 0])
+        )
+        total = torch.zeros_like(book.embed).index_add_(0, index, flat)
+        book.cluster_size.lerp_(count, 1 - self.decay)
+        book.embed_avg.lerp_(total, 1 - self.decay)
+        if self.steps % 10 == 9:  # revive what nobody chose lately with vectors of this batch
+            mean = len(flat) / len(count)
+            dead = (book.cluster_size < 0.06 * mean)[:, None]
+            fresh = flat[torch.randint(len(flat), (len(count),), device=flat.device)]
+            book.embed_avg.copy_(torch.where(dead, fresh * mean * 0.5, book.embed_avg))
+            book.cluster_size.copy_(torch.where(dead[:, 0], mean * 0.5, book.cluster_size))
+        book.embed.copy_(book.embed_avg / book.cluster_size.clamp(min=1e-5)[:, None])

@@ -1,0 +1,226 @@
+"""Train the nano codec: straight-through RVQ, EMA codebooks, multi-resolution spectral losses.
+
+    python -m recipes.nano.train_codec --data /dev/shm/nano --out runs/nano/codec --seconds 360
+
+Time is the budget: the learning rate is a cosine over `--seconds`. `codec.safetensors` in `--out`
+is rewritten every minute, so that the other parts can pick it up and a time-out loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from higgs_lab.nano.packing import codec_core, expand_codec, pack, round_trip, wants_int8
+from recipes.nano.codec_model import DECODER_HIDDEN, TrainableRVQ, build_codec, encode_hidden
+from recipes.nano.pool import SpeechPool, add_floor
+
+SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))  # window, mel bands
+WARM_STEPS = int(
+    os.environ.get("NANO_WARM_STEPS", 200)
+)  # steps as a plain autoencoder before the codebooks start
+
+
+@lru_cache(maxsize=16)
+def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
+    """[n_fft/2+1, bands] triangles on the HTK mel scale, 0 to 12 kHz."""
+    import torchaudio
+
+    filters = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 12_000.0, bands, 24_000)
+    return filters.to(device)
+
+
+def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
+    """Mean L1 of log-mel over five windows, plus L1 of log magnitudes on three of them."""
+    total = fake.new_zeros(())
+    for n_fft, bands in SCALES:
+        window = torch.hann_window(n_fft, device=fake.device)
+        both = torch.stft(
+            torch.cat([fake, real]).float(), n_fft, n_fft // 4, window=window, return_complex=True
+        ).abs()
+        mel = torch.einsum("bft,fm->bmt", both, mel_filters(n_fft, bands, str(fake.device)))
+        a, b = torch.log10(mel.clamp(min=1e-3)).chunk(2)
+        total = total + (a - b).abs().mean()
+        if n_fft >= 512:
+            a, b = both.chunk(2)
+            total = (
+                total + 0.25 * (a.clamp(min=2e-3).log10() - b.clamp(min=2e-3).log10()).abs().mean()
+            )
+            total = total + 0.1 * (a - b).norm() / (b.norm() + 1e-6)
+    return total
+
+
+def snake(x: Tensor, alpha: Tensor) -> Tensor:
+    """DAC's activation, computed in fp32 and returned in x's dtype."""
+    wide = x.float()
+    return (wide + (alpha + 1e-9).reciprocal() * torch.sin(alpha * wide).pow(2)).to(x.dtype)
+
+
+def fuse_snakes(model, backend: str) -> None:
+    """Run every Snake activation as one compiled kernel: most of what compiling the whole model
+    gains, for seconds instead of minutes of compilation."""
+    torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.recompile_limit = 64
+    fused = torch.compile(snake, backend=backend, dynamic=True)
+    for module in model.modules():
+        if type(module).__name__ == "Snake1d":
+            module.forward = lambda x, alpha=module.alpha: fused(x, alpha)
+
+
+def save(model, out: Path) -> None:
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    save_file(tensors, out / "codec.tmp")
+    os.replace(out / "codec.tmp", out / "codec.safetensors")
+    pack_home(tensors)
+
+
+def pack_home(tensors: dict[str, Tensor]) -> None:
+    """The packaged codec, in the folder NANO_SHIP if one is named."""
+    if "NANO_SHIP" in os.environ:
+        pack(codec_core(tensors), Path(os.environ["NANO_SHIP"]) / "codec.safetensors", {})
+
+
+@torch.no_grad()
+def finish(model, out: Path) -> None:
+    """Round the weights to what the packaged file can hold, so that all later parts see those."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if value.is_floating_point():
+            value.copy_(round_trip(value, wants_int8(name, value)))
+    save(model, out)
+
+
+def ship(tensors: dict[str, Tensor], name: str) -> None:
+    """A half-size copy for the way home, in the folder NANO_SHIP if one is named."""
+    if "NANO_SHIP" in os.environ:
+        save_file(tensors, Path(os.environ["NANO_SHIP"]) / f"{name}.fp16.safetensors")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="shard folder")
+    parser.add_argument("--test", type=Path, help="shard folder of held-out voices and texts")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=360)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--hours", type=float, default=20, help="how much speech to hold")
+    parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--init", type=Path, help="codec.safetensors to go on from")
+    parser.add_argument("--decoder-hidden", type=int, default=DECODER_HIDDEN)
+    parser.add_argument(
+        "--compile",
+        default="inductor" if torch.cuda.is_available() else "",
+        help="torch.compile backend; empty: run eagerly",
+    )
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    device = torch.device(args.device)
+    model = build_codec(decoder_hidden=args.decoder_hidden).to(device)
+    if args.init:
+        model.load_state_dict(expand_codec(args.init, None))
+    rvq = TrainableRVQ(model.quantizer).to(device)
+    parts = [model.acoustic_encoder, model.acoustic_decoder, model.fc, model.fc2, model.quantizer]
+    parameters = [p for part in parts for p in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    if args.compile:
+        fuse_snakes(model, args.compile)
+    pool = SpeechPool(args.data, device, args.hours)
+    pool.wait(min(1.0, args.hours))
+    test = None
+    if args.test:
+        test = SpeechPool(args.test, device, 1.0)
+        test.wait(0.05)
+    begin = last_save = time.time()
+    step, logged = 0, 0
+    samples = 24_000
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=device.type == "cuda" or "NANO_BF16" in os.environ
+    )
+    while (elapsed := time.time() - begin) < args.seconds:
+        progress = elapsed / args.seconds
+        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 5e-3
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * rate
+        if step % 200 == 100:
+            pool.refresh()
+        index = torch.randint(len(pool.rows), (args.batch,), device=device)
+        clip = add_floor(
+            pool.crops(index, samples) * 10 ** (torch.randn(args.batch, 1, device=device) * 0.15)
+        )
+        with autocast:
+            hidden = encode_hidden(model, clip)
+        if step < WARM_STEPS and not args.init:
+            quantised, commit, left = hidden.float(), hidden.new_zeros(()), hidden.new_zeros(())
+        else:
+            if step == WARM_STEPS and not args.init:
+                with torch.no_grad():
+                    more = torch.randint(len(pool.rows), (args.batch * 8,), device=device)
+                    crops = add_floor(pool.crops(more, samples))
+                    rvq.start(torch.cat([encode_hidden(model, c) for c in crops.chunk(8)]))
+            keep = torch.where(
+                torch.rand(args.batch, device=device) < 0.3,
+                torch.randint(1, 9, (args.batch,), device=device),
+                8,
+            )
+            quantised, commit, left = rvq(hidden, keep)
+        with autocast:
+            acoustic = model.fc2(quantised.transpose(1, 2)).transpose(1, 2)
+            fake = model.acoustic_decoder(acoustic)[:, 0]
+        loss = spectral_loss(fake.float(), clip)
+        total = loss + 0.1 * commit + 0.1 * left
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        optimizer.step()
+        step += 1
+        if time.time() - begin > logged * 10:
+            logged += 1
+            print(
+                f"codec {elapsed:5.0f}s step {step} loss {loss.item():.4f} "
+                f"commit {commit.item():.3f} left {left.item():.3f} hours {pool.hours:.1f}",
+                flush=True,
+            )
+        if time.time() - last_save > 40 and step > WARM_STEPS:
+            save(model, args.out)
+            last_save = time.time()
+            if test is not None:
+                report(model, rvq, test)
+    report(model, rvq, test or pool)
+    finish(model, args.out)
+    report(model, rvq, test or pool)
+
+
+@torch.no_grad()
+def report(model, rvq, pool) -> None:
+    """Held-out loss and the number of codes used per codebook."""
+    rvq.eval()
+    index = torch.arange(min(192, len(pool.rows)), device=pool.device)
+    clip = add_floor(pool.crops(index, 36_480))
+    hidden = encode_hidden(model, clip).float()
+    codes = model.quantizer.encode(hidden)  # [K, B, T]
+    fake = model.decode(codes.transpose(0, 1), return_dict=False)[:, 0]
+    used = [int(c.unique().numel()) for c in codes]
+    print(
+        f"codec held-out loss {spectral_loss(fake.float(), clip).item():.4f} codes used {used}",
+        flush=True,
+    )
+    rvq.train()
+
+
+if __name__ == "__main__":
+    main()
