@@ -20,10 +20,12 @@ from pathlib import Path
 
 from eval import metrics, report, stages
 from eval.asr import recognizer_details
+from eval.hear import hear
 from eval.normalize import NORMALIZERS, normalizer_version
 from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
 from eval.speaker import encoder_details
 from eval.systems import System, open_system
+from eval.voices import Voices
 from higgs_lab.runlog import atomic_path, provenance, write_json_atomic
 
 
@@ -74,8 +76,8 @@ def evaluate(
     with _sole_writer(out):
         _keep_config(out / "config.yaml", config)
         speech = stages.speak(system, test_set.rows, out, seed, takes)
-        transcripts = stages.hear(speech, test_set.rows, out, asr, asr_fp16, device)
-        voices = stages.Voices(out, speaker, device)
+        transcripts = hear(speech, test_set.rows, out, asr, asr_fp16, device)
+        voices = Voices(out, speaker, device)
         voices.embed(speech, test_set)
         scores = stages.score(speech, transcripts, voices, test_set, out, normalizer)
         summary = metrics.summarise(scores, seed)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import run, stages
+from eval import hear, run, voices
 from eval.compare import advice, compare
 from eval.compare import main as compare_main
 from higgs_lab.audio import read_audio, write_wav
@@ -106,8 +106,8 @@ def test_the_score_is_what_the_parts_give_by_hand(finished, judges, test_set):
 def test_started_again_nothing_is_done_twice(finished, judges, test_set, monkeypatch):
     out, summary = finished
     before = {p: p.read_bytes() for p in out.glob("*.jsonl")}
-    for name in ("load_recognizer", "load_encoder"):
-        monkeypatch.setattr(stages, name, None)  # calling either would raise
+    monkeypatch.setattr(hear, "load_recognizer", None)  # calling either would raise
+    monkeypatch.setattr(voices, "load_encoder", None)
     again = go(judges, test_set, out)
     assert {p: p.read_bytes() for p in out.glob("*.jsonl")} == before
     assert without_times(again) == without_times(summary)
