@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import metrics
-from eval.asr import load_recognizer
-from eval.stages import HEAR_SEC, JUDGE_HZ, free_memory, open_stage, read_clip
+from eval.asr import load_recognizer, recognizer_details
+from eval.stages import HEAR_SEC, JUDGE_HZ, free_memory, read_clip
+from eval.work import Cache, Ledger, chunks
 from higgs_lab.manifest import Utterance
-from higgs_lab.runlog import Progress
+
+BATCH = 16  # clips that a process claims at once
 
 
 def hear(
@@ -19,28 +21,32 @@ def hear(
     asr: str,
     fp16: bool,
     device: str | None,
+    cache: str | Path | None = None,
 ) -> dict[tuple, dict]:
     """Stage 2. What the recogniser wrote; heard=False where it does not know the language."""
     if asr == "none":
         return {}
-    done, log = open_stage(out / "transcripts.jsonl")
-    pending = [key for key in speech if key not in done]
-    if not pending:
-        log.close()
-        return done
     languages = {row.id: row.language for row in rows}
-    recognizer = load_recognizer(asr, device, fp16)
-    with log, Progress(len(speech), "clips", "hear", start=len(done)) as progress:
-        for key in pending:
-            clip, lang = speech[key], languages[key[0]]
-            entry = {"id": key[0], "take": key[1], "heard": recognizer.hears(lang), "text": ""}
-            facts = clip["audio_facts"]
-            if entry["heard"] and facts and facts["active_sec"] >= metrics.ACTIVE_SEC:
-                wav = read_clip(out, clip["audio"], JUDGE_HZ)[: int(HEAR_SEC * JUDGE_HZ)]
-                entry |= recognizer.transcribe(wav, lang).as_dict()
-            log.log(**entry)
-            done[key] = entry
-            progress.update()
+    kept = Cache(cache, "heard", recognizer_details(asr, fp16), ("sha256", "language"))
+    recognizer = None
+    with Ledger(out / "transcripts.jsonl") as ledger, kept:
+        for batch in ledger.claim(chunks(sorted(speech), BATCH), "hear"):
+            entries = []
+            for id, take in batch:
+                clip, lang = speech[id, take], languages[id]
+                facts = clip["audio_facts"]
+                audible = bool(facts) and facts["active_sec"] >= metrics.ACTIVE_SEC
+                known = kept.get(clip["sha256"], lang) if audible else None
+                if known is None:
+                    recognizer = recognizer or load_recognizer(asr, device, fp16)
+                    known = {"heard": recognizer.hears(lang), "text": ""}
+                    if known["heard"] and audible:
+                        wav = read_clip(out, clip["audio"], JUDGE_HZ)[: int(HEAR_SEC * JUDGE_HZ)]
+                        known |= recognizer.transcribe(wav, lang).as_dict()
+                        kept.put([{"sha256": clip["sha256"], "language": lang} | known])
+                entries.append({"id": id, "take": take} | known)
+            ledger.append(entries)
+        heard = ledger.rows
     del recognizer
     free_memory()
-    return done
+    return heard

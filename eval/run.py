@@ -26,7 +26,9 @@ from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
 from eval.speaker import encoder_details
 from eval.systems import System, open_system
 from eval.voices import Voices
-from higgs_lab.runlog import atomic_path, provenance, write_json_atomic
+from eval.work import Locks, local_device, rank
+from higgs_lab.nano import cache_folder
+from higgs_lab.runlog import atomic_path, provenance, remove_leftovers, write_json_atomic
 
 
 def evaluate(
@@ -42,15 +44,18 @@ def evaluate(
     asr_fp16: bool = False,
     device: str | None = None,
     floor: str | Path | None = None,
+    cache: str | Path | None = None,
 ) -> dict:
-    """Run or resume one evaluation in folder `out`; returns the summary.
+    """Run, resume or join one evaluation in folder `out`; returns the summary.
 
     asr, speaker: name or path of the judges, or "none" to leave one out.
     takes: clips of each text, spoken with the seeds `seed`, `seed + 1`, ...
     floor: folder of a finished run of the human recordings of the same set.
+    cache: folder where transcripts and embeddings are kept across runs by the sound's hash and the
+        judge's revision and options; None keeps none.
 
-    Raises ValueError when `out` holds a run with other settings, when another process is at work
-    there, or when the system cannot give several takes.
+    Raises ValueError when `out` holds a run with other settings, or when the system cannot give
+    several takes.
     """
     if takes < 1 or takes > 1 and not system.random:
         raise ValueError(
@@ -73,11 +78,12 @@ def evaluate(
         "metrics": metrics.METRICS_VERSION,
     }
     floor_summary = report.read_floor(floor, config) if floor else None
-    with _sole_writer(out):
-        _keep_config(out / "config.yaml", config)
+    with _joined(out) as locks:
+        with locks.held(1):
+            _keep_config(out / "config.yaml", config)
         speech = stages.speak(system, test_set.rows, out, seed, takes)
-        transcripts = hear(speech, test_set.rows, out, asr, asr_fp16, device)
-        voices = Voices(out, speaker, device)
+        transcripts = hear(speech, test_set.rows, out, asr, asr_fp16, device, cache)
+        voices = Voices(out, speaker, device, cache)
         voices.embed(speech, test_set)
         scores = stages.score(speech, transcripts, voices, test_set, out, normalizer)
         summary = metrics.summarise(scores, seed)
@@ -89,8 +95,9 @@ def evaluate(
             "floor": floor_summary,
             "provenance": provenance(),
         }
-        write_json_atomic(out / "summary.json", summary)
-        report.write_html(out / "report.html", summary, scores, out)
+        if rank()[0] == 0:
+            write_json_atomic(out / "summary.json", summary)
+            report.write_html(out / "report.html", summary, scores, out)
     return summary
 
 
@@ -113,17 +120,15 @@ def _keep_config(path: Path, config: dict) -> None:
 
 
 @contextlib.contextmanager
-def _sole_writer(out: Path) -> Iterator[None]:
-    """Hold the folder's lock; it goes with the process, however that ends."""
-    import fcntl
-
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another eval.run is writing to {out}: wait, or stop it") from error
-        yield
+def _joined(out: Path) -> Iterator[Locks]:
+    """Take part in the work on a folder; whoever is alone there first clears up after the dead."""
+    locks = Locks(out / ".lock")
+    with contextlib.closing(locks):
+        if locks.take(0):
+            remove_leftovers(out)
+            remove_leftovers(out / "wavs")
+        with locks.held(0, shared=True):
+            yield locks
 
 
 def _options(pairs: Sequence[str]) -> dict:
@@ -165,17 +170,19 @@ def parser() -> argparse.ArgumentParser:
     add("--dialect", default="vllm", choices=("vllm", "sglang"), help="of a server")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--floor", help="output folder of a --model human run of the same set")
+    add("--cache", help="folder for transcripts and voices of all runs, or none")
     add("--out", required=True, help="output folder; an existing run is resumed")
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parser().parse_args(argv)
+    device = local_device(args.device)
     try:
         system = open_system(
             args.model,
             args.adapter,
-            device=args.device,
+            device=device,
             sampling=_options(args.sampling),
             batch=args.batch,
             dialect=args.dialect,
@@ -199,13 +206,15 @@ def main(argv: list[str] | None = None) -> dict:
             seed=args.seed,
             takes=args.takes,
             asr_fp16=args.asr_fp16,
-            device=args.device,
+            device=device,
             floor=args.floor,
+            cache=None if args.cache == "none" else args.cache or cache_folder() / "eval",
         )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.run: {error}")
-    report.print_table(summary)
-    print(f"report: {Path(args.out) / 'report.html'}")
+    if rank()[0] == 0:
+        report.print_table(summary)
+        print(f"report: {Path(args.out) / 'report.html'}")
     return summary
 
 

@@ -1,7 +1,8 @@
 """The stages of a run: speak here, then `hear` and `voices`, then score. Each has its JSONL file.
 
-A line is written when its work is done and never again, so a run can be killed between any two.
-What a stage needs of an earlier one it takes from that one's rows.
+A line is written when its work is done and never again, so a run can be killed between any two, and
+several processes can share one folder (eval.work). What a stage needs of an earlier one it takes
+from that one's rows.
 """
 
 from __future__ import annotations
@@ -19,44 +20,51 @@ import numpy as np
 from eval import metrics
 from eval.sets import EvalSet
 from eval.systems import Request, Spoken, System, request_seed
+from eval.work import Ledger, chunks
 from higgs_lab.audio import read_audio, write_wav
 from higgs_lab.manifest import Utterance, file_stem
-from higgs_lab.runlog import Progress, RunLog, read_jsonl, remove_leftovers
+from higgs_lab.text import speech_units
 
 if TYPE_CHECKING:
     from eval.voices import Voices
 
 HEAR_SEC = 120.0  # of a runaway clip; it fails anyway, this is for the reader of the report
 JUDGE_HZ = 16000
+SCORE_BATCH = 256
 
 
 def speak(
     system: System, rows: Sequence[Utterance], out: Path, seed: int, takes: int
 ) -> dict[tuple, dict]:
     """Stage 1. One row per clip: where it lies and what its waveform says, or why there is none."""
-    done, log = open_stage(out / "speech.jsonl")
-    jobs = [(row, take) for take in range(takes) for row in rows if (row.id, take) not in done]
+    by_id = {row.id: row for row in rows}
     human: dict[str, dict | None] = {}
-    if not jobs:
-        log.close()
-        return done
-    remove_leftovers(out / "wavs")
-    say = system.start()
-    with log, Progress(len(rows) * takes, "clips", "speak", start=len(done)) as progress:
-        for begin in range(0, len(jobs), system.batch):
-            batch = jobs[begin : begin + system.batch]
-            requests = [Request(row, request_seed(seed + take, row.id)) for row, take in batch]
-            for (row, take), request, clip in zip(batch, requests, say(requests), strict=True):
-                name = file_stem(row.id) + (f".take{take}" if takes > 1 else "")
-                entry = {"id": row.id, "take": take, "seed": request.seed}
+
+    def facts_of_human(row: Utterance) -> dict | None:
+        if row.id not in human and system.name != "human":
+            human[row.id] = _facts_or_none(row.audio)
+        return human.get(row.id)
+
+    say = None
+    with Ledger(out / "speech.jsonl") as ledger:
+        batches = chunks(_speaking_order(rows, takes), system.batch)
+        for batch in ledger.claim(batches, "speak"):
+            say = say or system.start()
+            requests = [Request(by_id[id], request_seed(seed + take, id)) for id, take in batch]
+            entries = []
+            for (id, take), request, clip in zip(batch, requests, say(requests), strict=True):
+                name = file_stem(id) + (f".take{take}" if takes > 1 else "")
+                entry = {"id": id, "take": take, "seed": request.seed}
                 entry |= _store(clip, out, f"wavs/{name}.wav")
-                if row.id not in human and system.name != "human":
-                    human[row.id] = _facts_or_none(row.audio)
-                entry["human"] = human.get(row.id)
-                log.log(**entry)
-                done[row.id, take] = entry
-                progress.update()
-    return done
+                entries.append(entry | {"human": facts_of_human(request.row)})
+            ledger.append(entries)
+        return ledger.rows
+
+
+def _speaking_order(rows: Sequence[Utterance], takes: int) -> list[tuple[str, int]]:
+    """Long texts first: clips of a batch end together, and too little memory shows at once."""
+    jobs = [(row, take) for take in range(takes) for row in rows]
+    return [(row.id, take) for row, take in sorted(jobs, key=lambda j: -speech_units(j[0].text))]
 
 
 def score(
@@ -68,36 +76,47 @@ def score(
     normalizer: str,
 ) -> list[dict]:
     """Stage 4. All measures of each clip, in the order of the set."""
-    done, log = open_stage(out / "scores.jsonl")
+    by_id = {row.id: row for row in test_set.rows}
     takes = sorted({take for _, take in speech})
-    with log:
-        for take in takes:
-            for row in test_set.rows:
-                key = row.id, take
-                if key in done:
-                    continue
-                clip, transcript = speech[key], transcripts.get(key) or {}
-                facts = clip["audio_facts"]
-                human = clip["human"]
-                scored = metrics.score_clip(
-                    row.text,
-                    transcript["text"] if transcript.get("heard") else None,
-                    row.language,
-                    normalizer=normalizer,
-                    audio=metrics.AudioFacts(**facts) if facts else None,
-                    human=metrics.AudioFacts(**human) if human else None,
-                    hit_cap=clip["hit_cap"],
-                    transcript=transcript,
-                )
-                if clip["took_sec"] and facts and facts["seconds"]:
-                    scored["rtf"] = clip["took_sec"] / facts["seconds"]
-                entry = {"id": row.id, "take": take, "language": row.language}
-                entry |= {"speaker": row.speaker, "text": row.text, "audio": clip["audio"]}
-                entry |= scored | voices.similarities(clip, row, test_set)
-                entry["error"] = clip["error"]
-                log.log(**entry)
-                done[key] = entry
-    return [done[row.id, take] for take in takes for row in test_set.rows]
+    keys = [(row.id, take) for take in takes for row in test_set.rows]
+    with Ledger(out / "scores.jsonl") as ledger:
+        for batch in ledger.claim(chunks(keys, SCORE_BATCH)):
+            ledger.append(
+                [
+                    _score_one(by_id[key[0]], key[1], speech[key], transcripts.get(key) or {},
+                               voices, test_set, normalizer)
+                    for key in batch
+                ]
+            )  # fmt: skip
+        return [ledger.rows[key] for key in keys]
+
+
+def _score_one(
+    row: Utterance,
+    take: int,
+    clip: dict,
+    transcript: dict,
+    voices: Voices,
+    test_set: EvalSet,
+    normalizer: str,
+) -> dict:
+    facts, human = clip["audio_facts"], clip["human"]
+    scored = metrics.score_clip(
+        row.text,
+        transcript["text"] if transcript.get("heard") else None,
+        row.language,
+        normalizer=normalizer,
+        audio=metrics.AudioFacts(**facts) if facts else None,
+        human=metrics.AudioFacts(**human) if human else None,
+        hit_cap=clip["hit_cap"],
+        transcript=transcript,
+    )
+    if clip["took_sec"] and facts and facts["seconds"]:
+        scored["rtf"] = clip["took_sec"] / facts["seconds"]
+    entry = {"id": row.id, "take": take, "language": row.language}
+    entry |= {"speaker": row.speaker, "text": row.text, "audio": clip["audio"]}
+    entry |= scored | voices.similarities(clip, row, test_set)
+    return entry | {"error": clip["error"]}
 
 
 def _store(clip: Spoken, out: Path, name: str) -> dict:
@@ -139,12 +158,6 @@ def read_clip(out: Path, audio: str, rate_hz: int) -> np.ndarray:
             f"{path} was spoken but is gone: put it back, or delete {out} and start again"
         )
     return read_audio(path, rate_hz, max_sec=None)
-
-
-def open_stage(path: Path) -> tuple[dict[tuple, dict], RunLog]:
-    """What a stage has done already, by (id, take), and its log, opened for more."""
-    log = RunLog(path)  # cuts an unfinished last line
-    return {(row["id"], row["take"]): row for row in read_jsonl(path)}, log
 
 
 def free_memory() -> None:

@@ -9,18 +9,22 @@ import numpy as np
 
 from eval import metrics
 from eval.sets import EvalSet
-from eval.speaker import MIN_SAMPLES, centroid, cosine, load_encoder
+from eval.speaker import MIN_SAMPLES, centroid, cosine, encoder_details, load_encoder
 from eval.stages import HEAR_SEC, JUDGE_HZ, free_memory
+from eval.work import Cache, Ledger, chunks
 from higgs_lab.audio import read_audio
 from higgs_lab.manifest import Utterance
-from higgs_lab.runlog import Progress, RunLog
+
+BATCH = 32  # clips that a process claims at once
 
 
 class Voices:
     """Stage 3. Embeddings by content hash, so that no sound is embedded twice."""
 
-    def __init__(self, out: Path, encoder: str, device: str | None):
-        self.out, self.spec, self.device = out, encoder, device
+    def __init__(
+        self, out: Path, encoder: str, device: str | None, cache: str | Path | None = None
+    ):
+        self.out, self.spec, self.device, self.cache = out, encoder, device, cache
         self.vectors: dict[str, np.ndarray | None] = {}
         self._hashes: dict[str, str] = {}
 
@@ -28,10 +32,6 @@ class Voices:
         """Embed the clips, the references and the recordings of the target speakers."""
         if self.spec == "none":
             return
-        log = RunLog(self.out / "speakers.jsonl")
-        for row in log.rows():
-            vector = row["embedding"]
-            self.vectors[row["sha256"]] = None if vector is None else np.float32(vector)
         wanted: dict[str, object] = {}
         for clip in speech.values():
             if clip["audio"]:
@@ -42,20 +42,23 @@ class Voices:
         for recordings in test_set.voices.values():
             for row in recordings:
                 wanted[self.hash(row.audio)] = row.audio
-        pending = {sha: source for sha, source in wanted.items() if sha not in self.vectors}
-        with log:
-            if not pending:
-                return
-            encoder = load_encoder(self.spec, self.device)
-            done = len(wanted) - len(pending)
-            with Progress(len(wanted), "clips", "voices", start=done) as progress:
-                for sha, source in pending.items():
-                    vector = self._embed_one(encoder, source)
-                    listed = None if vector is None else [round(float(x), 6) for x in vector]
-                    log.log(sha256=sha, embedding=listed)
-                    # As a resumed run will read it, so that both give the same digits.
-                    self.vectors[sha] = None if listed is None else np.float32(listed)
-                    progress.update()
+        encoder = None
+        batches = chunks([(sha,) for sha in sorted(wanted)], BATCH)
+        kept = Cache(self.cache, "voices", encoder_details(self.spec), ("sha256",))
+        with Ledger(self.out / "speakers.jsonl", ("sha256",)) as ledger, kept:
+            for batch in ledger.claim(batches, "voices"):
+                entries = []
+                for (sha,) in batch:
+                    known = kept.get(sha)
+                    if known is None:
+                        encoder = encoder or load_encoder(self.spec, self.device)
+                        known = {"embedding": self._embed_one(encoder, wanted[sha])}
+                        kept.put([{"sha256": sha} | known])
+                    entries.append({"sha256": sha} | known)
+                ledger.append(entries)
+            for (sha,), row in ledger.rows.items():
+                vector = row["embedding"]
+                self.vectors[sha] = None if vector is None else np.float32(vector)
         del encoder
         free_memory()
 
@@ -107,7 +110,7 @@ class Voices:
                 self._hashes[key] = hashlib.sha256(file.read()).hexdigest()
         return self._hashes[key]
 
-    def _embed_one(self, encoder, source) -> np.ndarray | None:
+    def _embed_one(self, encoder, source) -> list[float] | None:
         try:
             wav = read_audio(source, JUDGE_HZ, max_sec=None)[: int(HEAR_SEC * JUDGE_HZ)]
         except ValueError:  # unreadable: no voice; the speech stage has counted it
@@ -115,4 +118,4 @@ class Voices:
         facts = metrics.audio_facts(wav, JUDGE_HZ)
         if len(wav) < MIN_SAMPLES or facts.active_sec < metrics.ACTIVE_SEC:
             return None
-        return encoder.embed(wav)
+        return [round(float(x), 6) for x in encoder.embed(wav)]

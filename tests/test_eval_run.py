@@ -29,7 +29,8 @@ STAGES = ("speech", "transcripts", "speakers", "scores")
 def judges(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judges")
     whisper, ecapa = random_whisper(folder / "tiny.pt"), random_ecapa(folder / "ecapa")
-    return ["--asr", str(whisper), "--speaker", str(ecapa), "--device", "cpu"]
+    return ["--asr", str(whisper), "--speaker", str(ecapa), "--device", "cpu",
+            "--cache", "none"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,18 @@ def test_started_again_nothing_is_done_twice(finished, judges, test_set, monkeyp
     assert without_times(again) == without_times(summary)
 
 
+def test_what_was_heard_once_is_not_heard_again_in_another_run(
+    judges, test_set, tmp_path, monkeypatch
+):
+    more = ["--cache", str(tmp_path / "cache")]
+    first = go(judges, test_set, tmp_path / "a", *more)
+    monkeypatch.setattr(hear, "load_recognizer", None)  # calling either would raise
+    monkeypatch.setattr(voices, "load_encoder", None)
+    again = go(judges, test_set, tmp_path / "b", *more, "--normalizer", "whisper-english")
+    assert stage(tmp_path / "a", "transcripts") == stage(tmp_path / "b", "transcripts")
+    assert again["languages"]["en"]["sim_ref"] == first["languages"]["en"]["sim_ref"]
+
+
 @pytest.mark.parametrize(
     ("more", "field"),
     [
@@ -161,21 +174,28 @@ def test_killed_at_any_moment_a_run_goes_on_where_it_stopped(finished, judges, t
         assert without_times(again) == without_times(summary)
 
 
+def start(judges, test_set, out, *more, model="human", **environment):
+    command = [sys.executable, "-m", "eval.run", "--model", model, "--set", str(test_set)]
+    return subprocess.Popen(
+        [*command, "--out", str(out), *judges, *more],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_kill_dash_nine_while_hearing(finished, judges, test_set, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "eval.run", "--model", "human", "--set", str(test_set)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--out", str(out), *judges], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(judges, test_set, out)
     transcripts = out / "transcripts.jsonl"
     while process.poll() is None:
         if transcripts.is_file() and transcripts.read_bytes().count(b"\n") >= 2:
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)
-    process.wait()
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     kept = transcripts.read_bytes().splitlines(keepends=True)[:2]
     again = go(judges, test_set, out)
@@ -184,9 +204,23 @@ def test_kill_dash_nine_while_hearing(finished, judges, test_set, tmp_path):
     assert without_times(again) == without_times(finished[1])
 
 
-def test_two_processes_do_not_write_into_one_folder(finished, judges, test_set):
-    with run._sole_writer(finished[0]), pytest.raises(SystemExit, match="another eval.run"):
-        go(judges, test_set, finished[0])
+def test_two_processes_share_the_work_and_give_the_result_of_one(
+    finished, judges, test_set, tmp_path
+):
+    out = tmp_path / "two"
+    both = [
+        start(judges, test_set, out, RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2")
+        for number in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    for name in STAGES:
+        assert len(stage(out, name)) == 6
+    assert stage(out, "scores") == stage(finished[0], "scores")
+    written = json.loads((out / "summary.json").read_text())
+    alone = json.loads(json.dumps(finished[1]))
+    assert without_times(written) == without_times(alone)
 
 
 def test_every_failure_is_counted(judges, test_set, tmp_path):
