@@ -95,6 +95,9 @@ def find_adapter(path: str | Path) -> Path:
     for candidate in (folder, folder / "adapter"):
         if (candidate / "adapter_config.json").is_file():
             return candidate
+    inside = [file.parent for file in folder.glob("*/adapter_config.json")]
+    if len(inside) == 1:  # other trainers name the folder otherwise
+        return inside[0]
     repo, _, revision = str(path).partition("@")
     if not folder.exists() and repo.count("/") == 1 and not repo.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download

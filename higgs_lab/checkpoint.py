@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from higgs_lab.runlog import atomic_path, write_json_atomic
-from higgs_lab.safetensors_stream import write_safetensors
+from higgs_lab.safetensors_stream import SafetensorsReader, SafetensorsWriter
 from higgs_lab.talker import Talker, talker_config
 
 # native prefix -> Talker prefix. Longest first, so that the codec is never taken for the table.
@@ -104,6 +104,38 @@ def to_native_key(key: str) -> str:
         if key.startswith(ours):
             return tables[ours] + key[len(ours) :]
     raise KeyError(f"the talker has no native name for {key!r}")
+
+
+# What other projects call the same modules: the Hugging Face port (its class
+# HiggsMultimodalQwen3ForConditionalGeneration), and a LoRA on its bare backbone. The port ties
+# audio_head to audio_embedding.
+FOREIGN = {
+    "audio_embedding.": "codebooks.",
+    "audio_head.": "codebooks.",
+    "embed_tokens.": "model.embed_tokens.",
+    "layers.": "model.layers.",
+    "norm.": "model.norm.",
+}
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # PEFT, DDP, torch.compile
+
+
+def foreign_native_key(key: str) -> str:
+    """Native key of a weight by any name that is known: native, Talker's, the port's, wrapped.
+
+    KeyError when none fits. Whether a model of this size has the weight is for the caller to see.
+    """
+    name = key.replace("_orig_mod.", "")
+    while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
+        name = name.removeprefix(wrapper)
+    if name.startswith((*KEY_TABLE, CODEC_PREFIX)):
+        return name
+    if name in TIED_COPIES:
+        return TIED_COPIES[name]
+    for theirs, ours in FOREIGN.items():
+        if name.startswith(theirs):
+            name = ours + name[len(theirs) :]
+            break
+    return to_native_key(name)
 
 
 class NativeFiles:
@@ -227,47 +259,61 @@ def load_talker(
     return talker.eval()
 
 
-def rewrite_native(
-    base: str | Path,
-    out: str | Path,
-    edit: Callable[[str, Tensor], Tensor],
-    extra_files: bool = True,
-) -> None:
+Edit = Callable[[str, Tensor], Tensor]
+
+
+def rewrite_native(base: str | Path, out: str | Path, edit: Edit, extra_files: bool = True) -> None:
     """Copy a native directory tensor by tensor, `edit(key, tensor)` in between; atomic.
 
     Keys, dtypes, shapes and shards stay those of the base (an edited tensor is cast to the stored
     dtype); tied copies are refreshed from the edited embeddings; the index lists what the base's
     did and every codec key. Peak memory is one tensor (two for a tied copy), not one shard.
     """
+    rewrite_many(base, [(out, edit)], extra_files)
+
+
+def rewrite_many(
+    base: str | Path, targets: Sequence[tuple[str | Path, Edit]], extra_files: bool = True
+) -> None:
+    """`rewrite_native` for several (out, edit) in one pass over the base: all of them or none.
+
+    An edit gets the tensor that the next edit gets too: it returns another, never changes it.
+    """
     base = Path(base)
     files = NativeFiles(base)
-
-    def edited(key: str, tensor: Tensor) -> Tensor:
-        new = edit(key, tensor)
-        if new.shape != tensor.shape:
-            raise ValueError(
-                f"{key!r} became {tuple(new.shape)}, the base has {tuple(tensor.shape)}"
-            )
-        return new.to(dtype=tensor.dtype, device="cpu")
-
-    with atomic_path(Path(out)) as temporary, ExitStack() as stack:
-        temporary.mkdir()
-        readers = {file: stack.enter_context(files._open(file)) for file in files.files}
+    with ExitStack() as stack:
+        outs = [stack.enter_context(atomic_path(Path(out))) for out, _ in targets]
+        for out in outs:
+            out.mkdir()
+        readers = {
+            file: stack.enter_context(SafetensorsReader(base / file)) for file in files.files
+        }
         for file in files.files:
             specs = files.specs(file)
-
-            def tensors(specs=specs) -> Iterator[tuple[str, Tensor]]:
+            with ExitStack() as shard:
+                writers = [
+                    shard.enter_context(SafetensorsWriter(out / file, specs, {"format": "pt"}))
+                    for out in outs
+                ]
                 for key in specs:
                     source = TIED_COPIES.get(key, key)
-                    yield key, edited(source, readers[files.shard[source]].get_tensor(source))
+                    tensor = readers[files.shard[source]].read(source)
+                    for writer, (_, edit) in zip(writers, targets, strict=True):
+                        writer.write(key, _edited(edit, source, tensor))
+        for out in outs:
+            listed = {k: files.shard[k] for k in files.shard if k in files.indexed or _codec(k)}
+            total = sum((out / file).stat().st_size for file in files.files)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
+            write_json_atomic(out / INDEX, index)
+            if extra_files:
+                copy_side_files(base, out)
 
-            write_safetensors(temporary / file, specs, tensors(), metadata={"format": "pt"})
-        listed = {k: files.shard[k] for k in files.shard if k in files.indexed or _codec(k)}
-        total = sum((temporary / file).stat().st_size for file in files.files)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
-        write_json_atomic(temporary / INDEX, index)
-        if extra_files:
-            copy_side_files(base, temporary)
+
+def _edited(edit: Edit, key: str, tensor: Tensor) -> Tensor:
+    new = edit(key, tensor)
+    if new.shape != tensor.shape:
+        raise ValueError(f"{key!r} became {tuple(new.shape)}, the base has {tuple(tensor.shape)}")
+    return new.to(dtype=tensor.dtype, device="cpu")
 
 
 def _codec(key: str) -> bool:

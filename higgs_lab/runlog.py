@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import resource
 import secrets
 import shutil
 import subprocess
@@ -210,6 +211,12 @@ class Progress:
             clear = "\x1b[K" if self._terminal else ""
             end = end or ("" if self._terminal else "\n")
             print(lead + self.line() + clear, end=end, file=sys.stderr, flush=True)
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held so far, pages of mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # bytes there, KiB here
 
 
 def duration(seconds: float) -> str:

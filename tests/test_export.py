@@ -26,8 +26,9 @@ from higgs_lab.checkpoint import TIED_COPIES, NativeFiles, load_talker, to_nativ
 from higgs_lab.codec import Codec
 from higgs_lab.prompt import render_prompt
 from higgs_lab.vocab import Vocab
-from serve.export import export
-from serve.merge import read_adapter
+from serve.card import model_card
+from serve.export import export, main
+from serve.sources import read_adapter
 
 TABLE = "tied.embedding.modality_embeddings.0.embedding.weight"
 
@@ -157,9 +158,58 @@ def test_what_stands_beside_the_weights(nano, tuned):
     assert record["codec_hash"] == Codec.from_pretrained(nano).hash
 
 
-def test_card_of_boson_weights_names_their_licence():
-    from serve.card import model_card
+def test_card_tells_data_consent_and_evaluation(nano, adapter, tmp_path):
+    """Stated or not stated; never silent. The table is made of what eval.run writes."""
+    from eval.metrics import AudioFacts, score_clip, summarise
 
+    fine = AudioFacts(2.0, 1.8, 0.1, 0.1, -25.0, 0.0)
+    heard = ("one two three four", "one too three four")
+    scores = [
+        {"language": lang, "sim_ref": 0.8} | score_clip(heard[0], heard[i % 2], lang, audio=fine)
+        for i in range(6)
+        for lang in ("en", "de")
+    ]
+    summary = summarise(scores) | {
+        "config": {
+            "system": {"name": "nano"},
+            "set": {"name": "test.jsonl", "rows": 12},
+            "asr": {"name": "large-v3"},
+            "encoder": None,
+            "normalizer": "fair-1",
+        }
+    }
+    run = tmp_path / "eval"
+    run.mkdir()
+    with pytest.raises(FileNotFoundError, match="finish that run"):
+        export(nano, tmp_path / "out", adapter, evaluation=run)
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="no summary of eval.run"):
+        export(nano, tmp_path / "out", adapter, evaluation=run)
+    assert not (tmp_path / "out").exists()
+    (run / "summary.json").write_text(json.dumps(summary))
+    said = {"data": "Two hours of Ann.", "consent": "Ann, in writing."}
+    export(nano, tmp_path / "out", adapter, evaluation=run, **said)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert said["data"] in card and said["consent"] in card
+    assert "| en | 6 | 0 | 12.50 % WER |" in card and "mean of languages | 12" in card
+    assert "heard by large-v3" in card
+    silent = model_card("x", json.loads((tmp_path / "out" / "export.json").read_text()) | {
+        "data": None, "consent": None,
+    })  # fmt: skip
+    assert "Not stated by whoever exported it" in silent and "None is stated" in silent
+
+
+@pytest.mark.parametrize(
+    "repo, words", [("ann/voice", "does not know you"), ("no hub name", "--push-to-hub")]
+)
+def test_a_hub_that_does_not_know_you_is_found_before_any_work(tmp_path, repo, words):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=words):
+        main(["--model", "nano", "--out", str(out), "--push-to-hub", repo])
+    assert not out.exists()
+
+
+def test_card_of_boson_weights_names_their_licence():
     record = {"base": "bosonai/higgs-tts-3-4b", "revision": "5402f01", "merge": None}
     card = model_card("mine", record | {"adapter_meta": {}, "checks": {}, "codec_hash": "0"})
     assert "Derived from Higgs Audio v3, licensed from Boson AI USA, Inc." in card
@@ -209,7 +259,7 @@ def test_adapters_of_wrong_shape_kind_or_keys_are_refused(nano, adapter, tmp_pat
     odd = edit_adapter(
         adapter, tmp_path / "odd", lambda t: {k.replace("base_model.", ""): v for k, v in t.items()}
     )
-    refuses(nano, tmp_path, odd, "not PEFT's")
+    refuses(nano, tmp_path, odd, "model.model.layers.*lacks: another base")
     infinite = edit_adapter(
         adapter, tmp_path / "inf", lambda t: {k: v * float("inf") for k, v in t.items()}
     )
@@ -222,7 +272,9 @@ def test_adapters_of_wrong_shape_kind_or_keys_are_refused(nano, adapter, tmp_pat
     data = (cut / "adapter_model.safetensors").read_bytes()
     (cut / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
     refuses(nano, tmp_path, cut, "damaged")
-    refuses(nano, tmp_path, tmp_path / "nowhere", "adapter_config.json")
+    refuses(nano, tmp_path, tmp_path / "nowhere", "no directory")
+    (tmp_path / "empty").mkdir()
+    refuses(nano, tmp_path, tmp_path / "empty", "adapter_config.json")
 
 
 def test_a_disk_too_small_is_found_before_anything_is_written(nano, tmp_path, monkeypatch):
