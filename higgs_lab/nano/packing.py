@@ -155,9 +155,9 @@ ADDED_AT = 512  # where its row stands in the packaged text table
 TEXT_ROWS = ADDED_AT + 84
 
 
-def compact_id(token: int) -> int:
-    """Row of a text id in the packaged table: bytes first, the 84 added tokens from 512 on."""
-    return token if token < ADDED_AT else token - FIRST_ADDED_ID + ADDED_AT
+def compact_ids(ids: Tensor) -> Tensor:
+    """Rows of text ids in the packaged table: bytes first, the 84 added tokens from 512 on."""
+    return torch.where(ids < ADDED_AT, ids, ids - FIRST_ADDED_ID + ADDED_AT)
 
 
 def expand_text_table(table: Tensor, height: int = 151_936) -> Tensor:

@@ -1,79 +1,89 @@
-"""Rebuild parts of the nano family: make speech, then train several parts at once.
+"""Rebuild parts of the nano family: make speech, then train several parts at once on one GPU.
 
     python -m recipes.nano.build --parts codec whisper ecapa --out runs/nano --seconds 420
     python -m recipes.nano.build --parts talker --out runs/nano --seconds 500
+    python -m recipes.nano.pack --trained runs/nano/ship --out higgs_lab/nano/assets
 
-With two GPUs the codec has one to itself. Each part's log is `PART.log` in `--out`.
+Each part's log is `PART.log` in `--out`, its packaged weights are in `--out`/ship. The talker needs
+a codec that is finished: its codes are what it learns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 # seconds of a part as a share of the whole, hours of speech it holds on the device
-SHARE = {"codec": 0.8, "whisper": 1.0, "ecapa": 0.95, "talker": 1.0}
-HOURS = {"codec": 15, "whisper": 60, "ecapa": 60, "talker": 120}
+SHARE = {"codec": 0.8, "whisper": 1.0, "ecapa": 0.8, "talker": 1.0}
+HOURS = {"codec": 15, "whisper": 60, "ecapa": 60, "talker": 0}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=tuple(SHARE), required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=Path("/dev/shm/nano"))
-    parser.add_argument("--hours", type=float, default=60)
-    parser.add_argument("--seconds", type=float, default=420)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4))
-    parser.add_argument(
-        "--extra", nargs=argparse.REMAINDER, default=[], help="more arguments for every part"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=tuple(SHARE), required=True)
+    add("--out", type=Path, required=True)
+    add("--ship", type=Path, help="where packaged weights go (default: ship in --out)")
+    add("--data", type=Path, default=Path("/dev/shm/nano"), help="where the speech is made")
+    add("--hours", type=float, default=60, help="of speech")
+    add("--seconds", type=float, default=420, help="of training")
+    add("--codec", type=Path, help="a trained or packaged codec (default: the one in --out)")
+    add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4), help="that speak")
+    add("--extra", nargs=argparse.REMAINDER, default=[], help="more options for every part")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    module = [sys.executable, "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-    maker = [*module, "recipes.nano.data", "--workers", str(args.workers)]
-    test = [*maker, "--out", f"{args.data}-test", "--hours", "0.4", "--split", "test"]
-    data = [*maker, "--out", str(args.data), "--hours", str(args.hours)]
-    single = environment | {"OMP_NUM_THREADS": "1"}
-    jobs = {"data": subprocess.Popen(data, env=single)}
-    jobs["test"] = subprocess.Popen(test, env=single)
-    gpus = os.environ.get("NANO_GPUS", "0").split(",")
+    codec = args.codec or args.out / "codec.safetensors"
+    jobs = start(args, codec)
     begin = time.time()
-    for part in args.parts:
-        gpu = gpus[0] if part in ("codec", "talker") else gpus[-1]
-        command = [
-            *module, f"recipes.nano.train_{part}", "--data", str(args.data),
-            "--test", f"{args.data}-test", "--out", str(args.out),
-            "--seconds", str(args.seconds * SHARE[part]),
-            "--hours", str(min(HOURS[part], 2 * args.hours)), *args.extra,
-        ]  # fmt: skip
-        if part in ("whisper", "ecapa") and "codec" in args.parts:
-            command += ["--codec", str(args.out / "codec.safetensors")]
-        log = (args.out / f"{part}.log").open("w")
-        jobs[part] = subprocess.Popen(
-            command, env=environment | {"CUDA_VISIBLE_DEVICES": gpu}, stdout=log, stderr=log
-        )
     while any(job.poll() is None for job in jobs.values()):
-        time.sleep(15)
-        lines = [f"[{time.time() - begin:.0f}s]"]
+        time.sleep(10)
+        lines = [f"[{time.time() - begin:.0f} s]"]
         for part in args.parts:
-            text = (args.out / f"{part}.log").read_text().strip().splitlines()
-            lines.append(text[-1][:200] if text else f"{part}: no line yet")
+            log = last_lines(args.out / f"{part}.log", 1)
+            lines.append(log[0][:200] if log else f"{part}: no line yet")
         print("\n  ".join(lines), flush=True)
-    if "NANO_SHIP" in os.environ:
-        for part in args.parts:
-            shutil.copy(args.out / f"{part}.log", os.environ["NANO_SHIP"])
-    failed = [part for part, job in jobs.items() if job.returncode]
+    failed = [name for name, job in jobs.items() if job.returncode]
     for part in args.parts:
-        text = (args.out / f"{part}.log").read_text().strip().splitlines()
-        print(f"--- {part}", *text[-25 if part in failed else -4 :], sep="\n", flush=True)
+        lines = last_lines(args.out / f"{part}.log", 25 if part in failed else 3)
+        print(f"--- {part}", *lines, sep="\n", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def start(args: argparse.Namespace, codec: Path) -> dict[str, subprocess.Popen]:
+    """The speakers of both splits and one process a part, all at once."""
+    module = [sys.executable, "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    speakers = [*module, "recipes.nano.data", "--workers", str(args.workers)]
+    train = ["--out", str(args.data), "--hours", str(args.hours)]
+    test = ["--out", f"{args.data}-test", "--hours", "0.4", "--split", "test"]
+    jobs = {
+        "train speech": subprocess.Popen([*speakers, *train], env=environment),
+        "test speech": subprocess.Popen([*speakers, *test], env=environment),
+    }
+    for part in args.parts:
+        command = [*module, f"recipes.nano.train_{part}", "--out", str(args.out)]
+        command += ["--data", str(args.data), "--test", f"{args.data}-test"]
+        command += ["--ship", str(args.ship or args.out / "ship")]
+        command += ["--seconds", str(args.seconds * SHARE[part])]
+        command += ["--hours", str(min(HOURS[part], 2 * args.hours))]
+        if part != "codec":
+            command += ["--codec", str(codec)]
+        with (args.out / f"{part}.log").open("w") as log:
+            jobs[part] = subprocess.Popen(
+                [*command, *args.extra], env=environment, stdout=log, stderr=log
+            )
+    return jobs
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    return path.read_text(errors="replace").strip().splitlines()[-count:]
 
 
 if __name__ == "__main__":

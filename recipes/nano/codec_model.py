@@ -7,6 +7,8 @@ semantic teacher for a synthetic voice, and codes then do not depend on a clip's
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,6 +97,29 @@ def encode_codes(model, wav: Tensor) -> Tensor:
     """wav [B, n] -> codes [B, ceil(n / 960), K]; pads with zeros to whole frames."""
     wav = F.pad(wav, (0, -wav.shape[-1] % 960))
     return quantise(model, encode_hidden(model, wav))
+
+
+def load_codec(path: Path, device, **sizes: int):
+    """A narrow codec from a trained or a packaged file; sizes as `build_codec` takes them."""
+    from higgs_lab.nano.packing import expand_codec
+
+    model = build_codec(**sizes)
+    model.load_state_dict(expand_codec(path, None))
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def through_codec(codec, wav: Tensor) -> Tensor:
+    """[B, n] -> [B, n], encoded and decoded."""
+    return decode_codes(codec, encode_codes(codec, wav))[:, : wav.shape[-1]].float()
+
+
+def refresh_codec(path: Path | None, state: dict, device):
+    """The newest codec checkpoint at `path`, loaded again when the file has changed."""
+    if path and path.exists() and path.stat().st_mtime != state.get("time"):
+        state["time"] = path.stat().st_mtime
+        state["codec"] = load_codec(path, device)
+    return state.get("codec")
 
 
 class TrainableRVQ(nn.Module):

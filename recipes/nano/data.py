@@ -4,8 +4,9 @@
     python -m recipes.nano.data --wav my_voice --voice made9000 --minutes 2   # a voice to fine-tune
 
 A shard is `shard-00017.npy` (int16 samples at 24 kHz, utterances end to end) beside
-`shard-00017.json` (one row per utterance). Shard n is a function of (seed, split, n) alone, so any
-part of the data can be made again, and trainers may start while later shards are still being made.
+`shard-00017.json` (one row per utterance). What shard n says in which voice is a function of
+(seed, split, n) alone (espeak-ng's own breath and flutter are not), so any part of the data can be
+made again, and trainers may start while later shards are still being made.
 """
 
 from __future__ import annotations

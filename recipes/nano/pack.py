@@ -1,10 +1,10 @@
 """Pack trained parts into the files that the project ships.
 
-    python -m recipes.nano.pack --trained runs/nano/home --out higgs_lab/nano/assets
+    python -m recipes.nano.pack --trained runs/nano/ship --out higgs_lab/nano/assets
 
-`--trained` holds what the training scripts leave in NANO_SHIP: `codec.safetensors` (packed
-already), `whisper.fp16.safetensors`, `ecapa.fp16.safetensors`, `talker-mlp.fp16.safetensors` and
-`talker-rest.fp16.safetensors`. Parts that are missing are left out.
+`--trained` holds what the training scripts leave in --ship: `codec.safetensors` (packed already),
+`whisper.safetensors`, `ecapa.safetensors`, `talker-mlp.safetensors` and `talker-rest.safetensors`.
+Parts that are missing are left as they are.
 """
 
 from __future__ import annotations
@@ -18,33 +18,45 @@ from safetensors.torch import load_file
 
 from higgs_lab.nano.packing import pack
 
-LIMIT = 16 * 2**20
+LIMIT, TOTAL_LIMIT = 16 * 2**20, 24 * 2**20  # bytes, of a file and of all
 
 
-def pack_whisper(source: Path, target: Path) -> int:
+def pack_whisper(sources: list[Path], target: Path) -> None:
     from recipes.nano.train_whisper import DIMS
 
-    tensors = load_file(source)
+    tensors = load_file(sources[0])
     del tensors["encoder.positional_embedding"]  # sinusoids
     name = "decoder.positional_embedding"
-    tensors[name] = tensors[name][
-        :128
-    ]  # no text of the domain is longer; the rest was never trained
-    return pack(tensors, target, {"dims": json.dumps(DIMS)})
+    tensors[name] = tensors[name][:128]  # no text of the domain is longer
+    pack(tensors, target, {"dims": json.dumps(DIMS)})
 
 
-def pack_ecapa(source: Path, target: Path) -> int:
+def pack_ecapa(sources: list[Path], target: Path) -> None:
     from recipes.nano.train_ecapa import SIZES
 
-    tensors = {k: v for k, v in load_file(source).items() if not k.endswith("num_batches_tracked")}
-    return pack(tensors, target, {"sizes": json.dumps(SIZES)})
+    tensors = {
+        k: v for k, v in load_file(sources[0]).items() if not k.endswith("num_batches_tracked")
+    }
+    pack(tensors, target, {"sizes": json.dumps(SIZES)})
 
 
-def pack_talker(sources: list[Path], target: Path) -> int:
+def pack_talker(sources: list[Path], target: Path) -> None:
     from recipes.nano.train_talker import TEXT_CONFIG
 
     tensors = {name: value for source in sources for name, value in load_file(source).items()}
-    return pack(tensors, target, {"text_config": json.dumps(TEXT_CONFIG)})
+    pack(tensors, target, {"text_config": json.dumps(TEXT_CONFIG)})
+
+
+def pack_codec(sources: list[Path], target: Path) -> None:
+    shutil.copyfile(sources[0], target)
+
+
+PARTS = {
+    "codec": (["codec"], pack_codec),
+    "whisper": (["whisper"], pack_whisper),
+    "ecapa": (["ecapa"], pack_ecapa),
+    "talker": (["talker-mlp", "talker-rest"], pack_talker),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,23 +65,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    total = 0
-    for part in ("codec", "whisper", "ecapa", "talker"):
+    for part, (names, write) in PARTS.items():
+        sources = [args.trained / f"{name}.safetensors" for name in names]
         target = args.out / f"{part}.safetensors"
-        if part == "codec" and (args.trained / "codec.safetensors").exists():
-            shutil.copyfile(args.trained / "codec.safetensors", target)
-        elif part == "talker" and (args.trained / "talker-rest.fp16.safetensors").exists():
-            pack_talker(sorted(args.trained.glob("talker-*.fp16.safetensors")), target)
-        elif (source := args.trained / f"{part}.fp16.safetensors").exists():
-            {"whisper": pack_whisper, "ecapa": pack_ecapa}[part](source, target)
-        else:
-            continue
-        size = target.stat().st_size
-        total += size
+        if all(source.exists() for source in sources):
+            write(sources, target)
+    files = sorted(args.out.glob("*.safetensors"))
+    for file in files:
+        size = file.stat().st_size
+        print(f"{file} {size / 2**20:.2f} MiB")
         if size > LIMIT:
-            raise SystemExit(f"{target} has {size / 2**20:.1f} MiB, more than 16")
-        print(f"{target} {size / 2**20:.2f} MiB")
-    print(f"together {total / 2**20:.2f} MiB of 24")
+            raise SystemExit(f"{file} is larger than {LIMIT / 2**20:.0f} MiB")
+    total = sum(file.stat().st_size for file in files)
+    print(f"together {total / 2**20:.2f} MiB")
+    if total > TOTAL_LIMIT:
+        raise SystemExit(f"that is more than {TOTAL_LIMIT / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,7 @@ is rewritten every minute, so that the other parts can pick it up and a time-out
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import time
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -21,12 +17,11 @@ from torch import Tensor
 
 from higgs_lab.nano.packing import codec_core, expand_codec, pack, round_trip, wants_int8
 from recipes.nano.codec_model import DECODER_HIDDEN, TrainableRVQ, build_codec, encode_hidden
+from recipes.nano.common import Clock, atomically, autocast, options, state_of
 from recipes.nano.pool import SpeechPool, add_floor
 
 SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))  # window, mel bands
-WARM_STEPS = int(
-    os.environ.get("NANO_WARM_STEPS", 200)
-)  # steps as a plain autoencoder before the codebooks start
+START_CROPS = 512  # of one second: 12,800 vectors for the k-means of 1,024 codes
 
 
 @lru_cache(maxsize=16)
@@ -76,53 +71,33 @@ def fuse_snakes(model, backend: str) -> None:
             module.forward = lambda x, alpha=module.alpha: fused(x, alpha)
 
 
-def save(model, out: Path) -> None:
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
-    save_file(tensors, out / "codec.tmp")
-    os.replace(out / "codec.tmp", out / "codec.safetensors")
-    pack_home(tensors)
-
-
-def pack_home(tensors: dict[str, Tensor]) -> None:
-    """The packaged codec, in the folder NANO_SHIP if one is named."""
-    if "NANO_SHIP" in os.environ:
-        pack(codec_core(tensors), Path(os.environ["NANO_SHIP"]) / "codec.safetensors", {})
+def save(model, args: argparse.Namespace) -> None:
+    """The whole state, and the packaged one in --ship."""
+    tensors = state_of(model)
+    atomically(args.out / "codec.safetensors", lambda path: save_file(tensors, path))
+    if args.ship:
+        args.ship.mkdir(parents=True, exist_ok=True)
+        core = codec_core(tensors)
+        atomically(args.ship / "codec.safetensors", lambda path: pack(core, path, {}))
 
 
 @torch.no_grad()
-def finish(model, out: Path) -> None:
+def finish(model, args: argparse.Namespace) -> None:
     """Round the weights to what the packaged file can hold, so that all later parts see those."""
-    state = model.state_dict()
-    for name, value in state.items():
+    for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.copy_(round_trip(value, wants_int8(name, value)))
-    save(model, out)
-
-
-def ship(tensors: dict[str, Tensor], name: str) -> None:
-    """A half-size copy for the way home, in the folder NANO_SHIP if one is named."""
-    if "NANO_SHIP" in os.environ:
-        save_file(tensors, Path(os.environ["NANO_SHIP"]) / f"{name}.fp16.safetensors")
+    save(model, args)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="shard folder")
-    parser.add_argument("--test", type=Path, help="shard folder of held-out voices and texts")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=360)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--hours", type=float, default=20, help="how much speech to hold")
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--init", type=Path, help="codec.safetensors to go on from")
+    parser = options(__doc__, seconds=360, hours=20, batch=64, lr=1.2e-3)
     parser.add_argument("--decoder-hidden", type=int, default=DECODER_HIDDEN)
+    parser.add_argument("--warm-steps", type=int, default=200, help="without codebooks")
     parser.add_argument(
         "--compile",
         default="inductor" if torch.cuda.is_available() else "",
-        help="torch.compile backend; empty: run eagerly",
+        help="torch.compile backend of the Snake activations; empty: run eagerly",
     )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -141,44 +116,26 @@ def main(argv: list[str] | None = None) -> None:
         fuse_snakes(model, args.compile)
     pool = SpeechPool(args.data, device, args.hours)
     pool.wait(min(1.0, args.hours))
-    test = None
-    if args.test:
-        test = SpeechPool(args.test, device, 1.0)
-        test.wait(0.05)
-    begin = last_save = time.time()
-    step, logged = 0, 0
-    samples = 24_000
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda" or "NANO_BF16" in os.environ
-    )
-    while (elapsed := time.time() - begin) < args.seconds:
-        progress = elapsed / args.seconds
-        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 5e-3
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
-        if step % 200 == 100:
+    test = SpeechPool(args.test, device, 1.0) if args.test else None
+    warm = 0 if args.init else args.warm_steps  # steps as a plain autoencoder
+    clock = Clock(args, warm_steps=100)
+    while clock.tick(optimizer):
+        if clock.step % 200 == 100:
             pool.refresh()
-        index = torch.randint(len(pool.rows), (args.batch,), device=device)
-        clip = add_floor(
-            pool.crops(index, samples) * 10 ** (torch.randn(args.batch, 1, device=device) * 0.15)
-        )
-        with autocast:
+        clip = crops(pool, args.batch)
+        with autocast(args):
             hidden = encode_hidden(model, clip)
-        if step < WARM_STEPS and not args.init:
+        if clock.step <= warm:
             quantised, commit, left = hidden.float(), hidden.new_zeros(()), hidden.new_zeros(())
         else:
-            if step == WARM_STEPS and not args.init:
+            if clock.step == warm + 1 and not args.init:
                 with torch.no_grad():
-                    more = torch.randint(len(pool.rows), (args.batch * 8,), device=device)
-                    crops = add_floor(pool.crops(more, samples))
-                    rvq.start(torch.cat([encode_hidden(model, c) for c in crops.chunk(8)]))
-            keep = torch.where(
-                torch.rand(args.batch, device=device) < 0.3,
-                torch.randint(1, 9, (args.batch,), device=device),
-                8,
-            )
+                    seen = crops(pool, START_CROPS).split(args.batch)
+                    rvq.start(torch.cat([encode_hidden(model, c) for c in seen]))
+            some = torch.rand(args.batch, device=device) < 0.3  # quantiser dropout
+            keep = torch.where(some, torch.randint(1, 9, (args.batch,), device=device), 8)
             quantised, commit, left = rvq(hidden, keep)
-        with autocast:
+        with autocast(args):
             acoustic = model.fc2(quantised.transpose(1, 2)).transpose(1, 2)
             fake = model.acoustic_decoder(acoustic)[:, 0]
         loss = spectral_loss(fake.float(), clip)
@@ -187,27 +144,30 @@ def main(argv: list[str] | None = None) -> None:
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
         optimizer.step()
-        step += 1
-        if time.time() - begin > logged * 10:
-            logged += 1
+        if clock.to_log():
             print(
-                f"codec {elapsed:5.0f}s step {step} loss {loss.item():.4f} "
-                f"commit {commit.item():.3f} left {left.item():.3f} hours {pool.hours:.1f}",
+                f"codec {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.4f} commit "
+                f"{commit.item():.3f} left {left.item():.3f} hours {pool.hours:.1f}",
                 flush=True,
             )
-        if time.time() - last_save > 40 and step > WARM_STEPS:
-            save(model, args.out)
-            last_save = time.time()
-            if test is not None:
-                report(model, rvq, test)
+        if clock.step > warm and clock.to_save():
+            save(model, args)
     report(model, rvq, test or pool)
-    finish(model, args.out)
+    finish(model, args)
     report(model, rvq, test or pool)
+
+
+def crops(pool: SpeechPool, count: int, samples: int = 24_000) -> Tensor:
+    """[count, samples] of random speech at slightly varied levels, with the noise floor."""
+    index = torch.randint(len(pool.rows), (count,), device=pool.device)
+    level = 10 ** (torch.randn(count, 1, device=pool.device) * 0.15)
+    return add_floor(pool.crops(index, samples) * level)
 
 
 @torch.no_grad()
 def report(model, rvq, pool) -> None:
     """Held-out loss and the number of codes used per codebook."""
+    pool.wait(0.05)
     rvq.eval()
     index = torch.arange(min(192, len(pool.rows)), device=pool.device)
     clip = add_floor(pool.crops(index, 36_480))

@@ -9,18 +9,16 @@ Writes `embedding_model.ckpt`; `recipes.nano.pack` adds the folder files that
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from recipes.nano import upstream
+from recipes.nano.codec_model import refresh_codec, through_codec
+from recipes.nano.common import Clock, atomically, autocast, options, ship, state_of
 from recipes.nano.pool import SpeechPool, add_floor, augment
-from recipes.nano.train_codec import ship
-from recipes.nano.train_whisper import refresh_codec, through_codec
 from recipes.nano.voices import all_voices
 
 SIZES = dict(
@@ -34,6 +32,7 @@ SIZES = dict(
     se_channels=64,
 )
 MARGIN, SCALE = 0.2, 30.0
+CROPS = (24_960, 36_480, 48_000, 72_000)  # samples, whole codec frames
 
 
 def equal_error_rate(same: torch.Tensor, other: torch.Tensor) -> float:
@@ -46,113 +45,106 @@ def equal_error_rate(same: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--hours", type=float, default=60)
-    parser.add_argument("--wait-hours", type=float, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--codec", type=Path)
-    parser.add_argument("--codec-part", type=float, default=0.25)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, seconds=240, hours=60, batch=256, lr=2e-3)
+    parser.add_argument("--wait-hours", type=float, default=4, help="speech to begin with")
+    parser.add_argument("--codec", type=Path, help="codec.safetensors, may come while training")
+    parser.add_argument("--codec-part", type=float, default=0.25, help="of a batch, through it")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(2)
     torch.set_float32_matmul_precision("high")
-    ECAPA_TDNN, Fbank, InputNormalization = upstream.ecapa_parts()
-    import torchaudio
-
     device = torch.device(args.device)
-    model = ECAPA_TDNN(**SIZES).to(device)
-    fbank = Fbank(n_mels=80).to(device)
-    normalise = InputNormalization(norm_type="sentence", std_norm=False).to(device)
-    resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
+    embedder = Embedder(args)
     classes = sum(voice.split == "train" for voice in all_voices())
     weight = torch.nn.Parameter(torch.randn(classes, SIZES["lin_neurons"], device=device) * 0.05)
-    optimizer = torch.optim.AdamW([*model.parameters(), weight], lr=args.lr, weight_decay=2e-4)
+    optimizer = torch.optim.AdamW(
+        [*embedder.model.parameters(), weight], lr=args.lr, weight_decay=2e-4,
+        fused=device.type == "cuda",
+    )  # fmt: skip
     pool = SpeechPool(args.data, device, args.hours)
     pool.wait(min(args.wait_hours, args.hours))
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda" or "NANO_BF16" in os.environ
-    )
-    print(
-        f"ecapa {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"{classes} voices",
-        flush=True,
-    )
-
-    def embed(wav: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = fbank(resample(wav))
-            features = normalise(features, torch.ones(len(wav), device=device))
-        with autocast:
-            return model(features)[:, 0].float()
-
-    begin = last_save = time.time()
-    step, logged, codec_state = 0, 0, {}
-    while (elapsed := time.time() - begin) < args.seconds:
-        progress = elapsed / args.seconds
-        rate = min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 3e-3
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
-        if step % 100 == 50:
+    count = sum(p.numel() for p in embedder.model.parameters())
+    print(f"ecapa {count / 1e6:.2f} M parameters, {classes} voices", flush=True)
+    clock, codec_state = Clock(args, warm_steps=200), {}
+    while clock.tick(optimizer):
+        if clock.step % 100 == 50:
             pool.refresh()
         index = torch.randint(len(pool.rows), (args.batch,), device=device)
-        samples = (24_960, 36_480, 48_000, 72_000)[step % 4]
-        with torch.no_grad():
-            wav = pool.crops(index, samples)
-            codec = refresh_codec(args.codec, codec_state, device)
-            if codec is not None:
-                part = int(len(wav) * args.codec_part)
-                with autocast:
-                    wav[:part] = through_codec(codec, add_floor(wav[:part]))
-            wav = augment(wav) + torch.randn_like(wav) * 10 ** (
-                -(torch.rand(len(wav), 1, device=device) * 2 + 3)
-            )
-        cosine = F.normalize(embed(wav)) @ F.normalize(weight).T
+        samples = CROPS[clock.step % len(CROPS)]
+        wav = speech_of(pool, index, samples, refresh_codec(args.codec, codec_state, device), args)
+        cosine = F.normalize(embedder(wav)) @ F.normalize(weight).T
         label = pool.voice[index]
-        margin = MARGIN * min(1.0, progress / 0.3)
+        margin = MARGIN * min(1.0, clock.progress / 0.3)
         right = cosine.gather(1, label[:, None]).clamp(-0.9999, 0.9999)
         harder = torch.cos(torch.acos(right) + margin)
         loss = F.cross_entropy(cosine.scatter(1, label[:, None], harder.to(cosine)) * SCALE, label)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(embedder.model.parameters(), 5.0)
         optimizer.step()
-        step += 1
-        if time.time() - begin > logged * 10:
-            logged += 1
+        if clock.to_log():
             accuracy = (cosine.argmax(-1) == label).float().mean()
             print(
-                f"ecapa {elapsed:5.0f}s step {step} loss {loss.item():.4f} accuracy "
+                f"ecapa {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.4f} accuracy "
                 f"{accuracy.item():.3f} hours {pool.hours:.1f} codec {'codec' in codec_state}",
                 flush=True,
             )
-        if time.time() - last_save > 60:
-            save(model, args.out)
-            last_save = time.time()
-    save(model, args.out)
+        if clock.to_save():
+            save(embedder.model, args)
+    save(embedder.model, args)
     if args.test:
-        report(model, embed, SpeechPool(args.test, device, 2.0))
+        report(embedder, SpeechPool(args.test, device, 2.0))
 
 
-def save(model, out: Path) -> None:
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    torch.save(state, out / "embedding_model.tmp")
-    os.replace(out / "embedding_model.tmp", out / "embedding_model.ckpt")
-    ship(state, "ecapa")
+class Embedder:
+    """SpeechBrain's ECAPA behind its own features, wav [B, n] at 24 kHz -> [B, lin_neurons]."""
+
+    def __init__(self, args: argparse.Namespace):
+        import torchaudio
+
+        ECAPA_TDNN, Fbank, InputNormalization = upstream.ecapa_parts()
+        device = torch.device(args.device)
+        self.model = ECAPA_TDNN(**SIZES).to(device)
+        if args.init:
+            self.model.load_state_dict(torch.load(args.init, map_location=device))
+        self.fbank = Fbank(n_mels=80).to(device)
+        self.normalise = InputNormalization(norm_type="sentence", std_norm=False).to(device)
+        self.resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
+        self.precision = autocast(args)
+
+    def __call__(self, wav: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.fbank(self.resample(wav))
+            features = self.normalise(features, torch.ones(len(wav), device=wav.device))
+        with self.precision:
+            return self.model(features)[:, 0].float()
 
 
 @torch.no_grad()
-def report(model, embed, pool) -> None:
+def speech_of(pool: SpeechPool, index: Tensor, samples: int, codec, args) -> Tensor:
+    """[B, samples] augmented windows, a part of them through the codec."""
+    wav = pool.crops(index, samples)
+    if codec is not None:
+        part = int(len(wav) * args.codec_part)
+        with autocast(args):
+            wav[:part] = through_codec(codec, add_floor(wav[:part]))
+    level = 10 ** -(torch.rand(len(wav), 1, device=wav.device) * 2 + 3)
+    return augment(wav) + torch.randn_like(wav) * level
+
+
+def save(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    state = state_of(model)
+    atomically(args.out / "embedding_model.ckpt", lambda path: torch.save(state, path))
+    ship(state, args.ship, "ecapa")
+
+
+@torch.no_grad()
+def report(embedder: Embedder, pool: SpeechPool) -> None:
     """EER over all pairs of held-out voices; `recipes.nano.evaluate` measures the strict trials."""
     pool.wait(0.1)
-    model.eval()
+    embedder.model.eval()
     index = torch.arange(min(2000, len(pool.rows)), device=pool.device)
-    parts = [embed(add_floor(pool.crops(part, 48_000))) for part in index.split(200)]
+    parts = [embedder(add_floor(pool.crops(part, 48_000))) for part in index.split(200)]
     vectors = F.normalize(torch.cat(parts))
     scores, voice = vectors @ vectors.T, pool.voice[index]
     pairs = torch.ones_like(scores, dtype=torch.bool).triu(1)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import time
+import random
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.nano import upstream
-from recipes.nano.pool import SpeechPool, add_floor, augment
-from recipes.nano.texts import LANGUAGES
-from recipes.nano.train_codec import ship
+from recipes.nano.codec_model import refresh_codec, through_codec
+from recipes.nano.common import Clock, atomically, autocast, options, ship, state_of
+from recipes.nano.pool import Row, SpeechPool, add_floor, augment
+from recipes.nano.texts import LANGUAGES, draw_text
 
 DIMS = dict(
     n_mels=80,
@@ -37,7 +37,9 @@ DIMS = dict(
     n_text_head=3,
     n_text_layer=2,
 )
+SHORT_CONTEXT, FULL_CONTEXT = 375, 1500  # encoder positions of 20 ms: 7.5 s and whisper's 30 s
 MAX_SAMPLES = 24_000 * 7 + 2 * 2_400
+LEAD = 4_800  # silence before the speech, at most
 TIMESTAMPS = 0.25  # part of the examples written with begin and end times
 
 
@@ -130,196 +132,179 @@ class CompactVocabulary:
         return state
 
 
-def save(vocabulary: CompactVocabulary, out: Path) -> None:
+def save(vocabulary: CompactVocabulary, args: argparse.Namespace) -> None:
+    """whisper's own checkpoint, and the compact one in --ship, in fp16."""
     checkpoint = {"dims": DIMS, "model_state_dict": vocabulary.state_dict()}
-    torch.save(checkpoint, out / "whisper.tmp")
-    os.replace(out / "whisper.tmp", out / "whisper.pt")
-    compact = {
-        k: v.detach().half().cpu().contiguous() for k, v in vocabulary.model.state_dict().items()
-    }
-    ship(compact | {"used": vocabulary.used.cpu()}, "whisper")
-
-
-def load_codec(path: Path, device):
-    """A narrow codec from a trained or a packaged file."""
-    from higgs_lab.nano.packing import expand_codec
-    from recipes.nano.codec_model import build_codec
-
-    model = build_codec()
-    model.load_state_dict(expand_codec(path, None))
-    return model.to(device).eval()
-
-
-@torch.no_grad()
-def through_codec(codec, wav: Tensor) -> Tensor:
-    """[B, n] -> [B, n], encoded and decoded."""
-    from recipes.nano.codec_model import decode_codes, encode_codes
-
-    return decode_codes(codec, encode_codes(codec, wav))[:, : wav.shape[-1]].float()
-
-
-def refresh_codec(path: Path | None, state: dict, device):
-    """The newest codec checkpoint at `path`, loaded again when the file has changed."""
-    if path and path.exists() and path.stat().st_mtime != state.get("time"):
-        state["time"] = path.stat().st_mtime
-        state["codec"] = load_codec(path, device)
-    return state.get("codec")
+    atomically(args.out / "whisper.pt", lambda path: torch.save(checkpoint, path))
+    ship(state_of(vocabulary.model) | {"used": vocabulary.used.cpu()}, args.ship, "whisper")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=400)
-    parser.add_argument("--batch", type=int, default=160)
-    parser.add_argument("--hours", type=float, default=60)
-    parser.add_argument("--wait-hours", type=float, default=2)
-    parser.add_argument("--lr", type=float, default=1.6e-3)
-    parser.add_argument("--full-window", type=float, default=0.3, help="last part, at 30 s")
-    parser.add_argument("--codec", type=Path)
-    parser.add_argument("--codec-part", type=float, default=0.25)
-    parser.add_argument("--init", type=Path)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, seconds=400, hours=60, batch=160, lr=1.6e-3)
+    parser.add_argument("--wait-hours", type=float, default=2, help="speech to begin with")
+    parser.add_argument("--full-window", type=float, default=0.2, help="last part, at 30 s")
+    parser.add_argument("--codec", type=Path, help="codec.safetensors, may come while training")
+    parser.add_argument("--codec-part", type=float, default=0.25, help="of a batch, through it")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     whisper = upstream.whisper()
-    import torchaudio
-
     device = torch.device(args.device)
-    dims = whisper.model.ModelDimensions(**DIMS)
-    model = whisper.model.Whisper(dims)
-    for module in model.modules():  # GPT-like start; openai's own code leaves torch's defaults
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.03)
-            if getattr(module, "bias", None) is not None:
-                torch.nn.init.zeros_(module.bias)
-    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)
-    model = model.to(device)
+    model = build_whisper(whisper).to(device)
     targets = Targets(whisper)
     pool = SpeechPool(args.data, device, args.hours)
     pool.wait(min(args.wait_hours, args.hours))
-    # the domain's tokens, from texts drawn anew: the shards still coming hold no others
-    import random
-
-    from recipes.nano.pool import Row
-    from recipes.nano.texts import draw_text
-
-    rng = random.Random(7)
-    drawn = [
-        Row(0, 0, draw_text(code, rng, None), code, 0) for code in LANGUAGES for _ in range(6000)
-    ]
-    used = used_tokens(targets, drawn).to(device)
+    used = used_tokens(targets, drawn_rows()).to(device)
     vocabulary = CompactVocabulary(model, used)
-    if args.init:  # a `whisper.fp16.safetensors` of an earlier run
+    if args.init:  # the `whisper.safetensors` of an earlier --ship
         from safetensors.torch import load_file
 
         state = load_file(args.init)
         if not torch.equal(state.pop("used"), used.cpu()):
             raise ValueError(f"{args.init} was trained for another vocabulary")
         model.load_state_dict({name: value.float() for name, value in state.items()})
-    mel_path = Path(whisper.__file__).parent / "assets" / "mel_filters.npz"
-    filters = torch.from_numpy(np.load(mel_path)["mel_80"]).to(device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
-    positional = model.encoder.positional_embedding.clone()
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda" or "NANO_BF16" in os.environ
-    )
+        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
+        fused=device.type == "cuda",
+    )  # fmt: skip
+    examples = Examples(whisper, targets, pool, args)
     print(
         f"whisper {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{len(used)} tokens used",
         flush=True,
     )
-
-    def forward(index: Tensor, context: int, train: bool) -> tuple[Tensor, Tensor]:
-        rows = [pool.rows[i] for i in index.tolist()]
-        lead = torch.randint(0, 4_800, (len(rows),), device=device) if train else None
-        samples = min(MAX_SAMPLES + 4_800, context * 480)
-        if train:
-            wav = pool.gather(index, samples)
-            position = torch.arange(samples, device=device) - lead[:, None]
-            wav = wav.gather(1, position.clamp(min=0)) * (position >= 0)
-            codec = refresh_codec(args.codec, codec_state, device)
-            if codec is not None:
-                part = int(len(rows) * args.codec_part)
-                longest = int(pool.samples[index[:part]].max()) + 4_800 + 960
-                longest = -(-longest // 9_600) * 9_600
-                with autocast:
-                    wav[:part, :longest] = through_codec(codec, add_floor(wav[:part, :longest]))
-            wav = augment(wav) + torch.randn_like(wav) * 10 ** (
-                -(torch.rand(len(rows), 1, device=device) * 2 + 3)
-            )
-        else:
-            wav = add_floor(pool.gather(index, samples))
-        sequences = []
-        for i, row in enumerate(rows):
-            timed = train and i % 100 < 100 * TIMESTAMPS
-            end = None
-            if timed:
-                end = (row.samples + int(lead[i])) / 24_000
-            sequences.append(targets.tokens(row.text, row.language, end))
-        inputs, labels = targets.batch(sequences, device)
-        mel = log_mel(resample(wav), filters, context * 2)
-        # the encoder insists on its whole positional table: lend it the part in use
-        model.encoder.positional_embedding = positional[:context]
-        with autocast:
-            hidden = model.encoder(mel)
-            logits = model.decoder(vocabulary.to_compact[inputs], hidden) + vocabulary.bonus
-        labels = torch.where(labels < 0, labels, vocabulary.to_compact[labels.clamp(min=0)])
-        model.encoder.positional_embedding = positional
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, label_smoothing=0.02
-        )
-        right = (logits.argmax(-1) == labels) | (labels == -100)
-        return loss, right[:, 2:].all(-1).float().mean()
-
-    begin = last_save = time.time()
-    step, logged, codec_state = 0, 0, {}
-    while (elapsed := time.time() - begin) < args.seconds:
-        progress = elapsed / args.seconds
-        rate = min(1, (step + 1) / 300) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 3e-3
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
-        if step % 100 == 50:
+    clock, generator = Clock(args, warm_steps=300), torch.Generator().manual_seed(4)
+    while clock.tick(optimizer):
+        if clock.step % 100 == 50:
             pool.refresh()
-        full = progress > 1 - args.full_window
-        context = 1500 if full else 375
-        size = args.batch
-        index = torch.randint(len(pool.rows), (size,), device=device)
-        loss, right = forward(index, context, train=True)
+        full = clock.progress > 1 - args.full_window
+        size = args.batch // 2 if full else args.batch
+        index = torch.randint(len(pool.rows), (size,), generator=generator)
+        batch = examples.train(index, FULL_CONTEXT if full else SHORT_CONTEXT)
+        loss, right = loss_of(vocabulary, *batch, autocast(args))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
-        if time.time() - begin > logged * 10:
-            logged += 1
+        if clock.to_log():
             print(
-                f"whisper {elapsed:5.0f}s step {step} context {context} loss {loss.item():.4f} "
-                f"whole sentences right {right.item():.3f} hours {pool.hours:.1f} "
-                f"codec {'codec' in codec_state}",
+                f"whisper {clock.elapsed:5.0f}s step {clock.step} full {full} loss "
+                f"{loss.item():.4f} whole sentences right {right.item():.3f} hours "
+                f"{pool.hours:.1f} codec {'codec' in examples.codec}",
                 flush=True,
             )
-        if time.time() - last_save > 60:
-            save(vocabulary, args.out)
-            last_save = time.time()
-    save(vocabulary, args.out)
+        if clock.to_save():
+            save(vocabulary, args)
+    save(vocabulary, args)
     if args.test:
-        pool = SpeechPool(args.test, device, 2.0)
-        pool.wait(0.1)
-        with torch.no_grad():
-            parts = torch.arange(min(1024, len(pool.rows)), device=device).split(128)
-            scores = [forward(part, 1500, train=False) for part in parts]
-        print(
-            f"whisper held-out loss {np.mean([s[0].item() for s in scores]):.4f}, teacher-forced "
-            f"whole sentences right {np.mean([s[1].item() for s in scores]):.4f}",
-            flush=True,
-        )
+        report(vocabulary, Examples(whisper, targets, SpeechPool(args.test, device, 2.0), args))
+
+
+def build_whisper(whisper) -> torch.nn.Module:
+    """openai-whisper's model with random weights; its own code leaves torch's defaults."""
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**DIMS))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.03)
+            if getattr(module, "bias", None) is not None:
+                torch.nn.init.zeros_(module.bias)
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)
+    return model
+
+
+def drawn_rows(texts: int = 6000) -> list[Row]:
+    """Texts drawn anew, for the tokens of the domain: shards still to come hold no others."""
+    rng = random.Random(7)
+    return [
+        Row(0, 0, draw_text(code, rng, None), code, 0) for code in LANGUAGES for _ in range(texts)
+    ]
+
+
+class Examples:
+    """Utterances of a pool as log-mels and token targets."""
+
+    def __init__(self, whisper, targets: Targets, pool: SpeechPool, args: argparse.Namespace):
+        import torchaudio
+
+        device = torch.device(args.device)
+        mel = np.load(Path(whisper.__file__).parent / "assets" / "mel_filters.npz")["mel_80"]
+        self.filters = torch.from_numpy(mel).to(device)
+        self.resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
+        self.targets, self.pool, self.args, self.device = targets, pool, args, device
+        self.codec: dict = {}
+
+    def train(self, index: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-mel [B, 80, 2 * context], inputs, labels) of augmented speech; index on the CPU."""
+        pool, device = self.pool, self.device
+        rows = [pool.rows[i] for i in index.tolist()]
+        samples = min(MAX_SAMPLES + LEAD, context * 480)
+        lead = torch.randint(0, LEAD, (len(rows),))
+        wav = pool.gather(index.to(device), samples)
+        position = torch.arange(samples, device=device) - lead.to(device)[:, None]
+        wav = wav.gather(1, position.clamp(min=0)) * (position >= 0)
+        codec = refresh_codec(self.args.codec, self.codec, device)
+        part = int(len(rows) * self.args.codec_part)
+        if codec is not None and part:
+            longest = max(row.samples for row in rows[:part]) + LEAD
+            longest = min(-(-longest // 9_600) * 9_600, samples)  # few shapes: cuDNN plans each
+            with autocast(self.args):
+                wav[:part, :longest] = through_codec(codec, add_floor(wav[:part, :longest]))
+        level = 10 ** -(torch.rand(len(rows), 1, device=device) * 2 + 3)
+        wav = augment(wav) + torch.randn_like(wav) * level
+        timed = torch.rand(len(rows)) < TIMESTAMPS
+        ends = [
+            (row.samples + int(first)) / 24_000 if say else None
+            for row, first, say in zip(rows, lead, timed, strict=True)
+        ]
+        return self._batch(wav, rows, ends, context)
+
+    def test(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same without augmentation, at whisper's own 30 s."""
+        rows = [self.pool.rows[i] for i in index.tolist()]
+        wav = add_floor(self.pool.gather(index.to(self.device), MAX_SAMPLES))
+        return self._batch(wav, rows, [None] * len(rows), FULL_CONTEXT)
+
+    def _batch(self, wav: Tensor, rows: list[Row], ends: list[float | None], context: int):
+        sequences = [
+            self.targets.tokens(row.text, row.language, end)
+            for row, end in zip(rows, ends, strict=True)
+        ]
+        mel = log_mel(self.resample(wav), self.filters, context * 2)
+        return mel, *self.targets.batch(sequences, self.device)
+
+
+def loss_of(
+    vocabulary: CompactVocabulary, mel: Tensor, inputs: Tensor, labels: Tensor, precision
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, share of sentences with every token right)."""
+    model, context = vocabulary.model, mel.shape[-1] // 2
+    positional = model.encoder.positional_embedding
+    # the encoder insists on its whole positional table: lend it the part in use
+    model.encoder.positional_embedding = positional[:context]
+    with precision:
+        hidden = model.encoder(mel)
+        logits = model.decoder(vocabulary.to_compact[inputs], hidden) + vocabulary.bonus
+    model.encoder.positional_embedding = positional
+    labels = torch.where(labels < 0, labels, vocabulary.to_compact[labels.clamp(min=0)])
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, label_smoothing=0.02
+    )
+    right = (logits.argmax(-1) == labels) | (labels == -100)
+    return loss, right[:, 2:].all(-1).float().mean()
+
+
+@torch.no_grad()
+def report(vocabulary: CompactVocabulary, examples: Examples) -> None:
+    """Teacher-forced figures on held-out speech; recipes.nano.evaluate measures the WER."""
+    examples.pool.wait(0.1)
+    parts = torch.arange(min(1024, len(examples.pool.rows))).split(128)
+    scores = [loss_of(vocabulary, *examples.test(p), autocast(examples.args)) for p in parts]
+    loss, right = (np.mean([score[i].item() for score in scores]) for i in (0, 1))
+    print(
+        f"whisper held-out loss {loss:.4f}, teacher-forced whole sentences right {right:.4f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

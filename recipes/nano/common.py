@@ -1,0 +1,100 @@
+"""What the nano family's training scripts share: options, a clock, files that get home."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def options(doc: str, *, seconds: float, hours: float, batch: int, lr: float):
+    """Parser of a part's training script, with the options that all parts have."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of shards, see recipes.nano.data")
+    add("--test", type=Path, help="folder of shards of held-out voices and texts")
+    add("--out", type=Path, required=True, help="folder for what is trained")
+    add("--ship", type=Path, help="folder for small copies, rewritten while training")
+    add("--init", type=Path, help="weights to go on from")
+    add("--seconds", type=float, default=seconds, help="the learning rate is a cosine over these")
+    add("--hours", type=float, default=hours, help="speech held on the device at most")
+    add("--batch", type=int, default=batch)
+    add("--lr", type=float, default=lr)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--bf16", action="store_true", help="autocast on a CPU too, to try what a GPU will do")
+    return parser
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or args.bf16)
+
+
+class Clock:
+    """Time is the budget: progress, learning rate, and when to log and to save."""
+
+    def __init__(self, args: argparse.Namespace, warm_steps: int, log_sec=10.0, save_sec=30.0):
+        self.seconds, self.lr, self.warm_steps = args.seconds, args.lr, warm_steps
+        self.begin = self.saved = time.time()
+        self.log_sec, self.save_sec, self.logged, self.step = log_sec, save_sec, 0, 0
+
+    @property
+    def elapsed(self) -> float:
+        return time.time() - self.begin
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.elapsed / self.seconds)
+
+    def tick(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Set the learning rate of the next step; False when the time is up."""
+        if self.elapsed >= self.seconds:
+            return False
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress)
+        rate = min(1.0, (self.step + 1) / self.warm_steps) * cosine + 3e-3
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        self.step += 1
+        return True
+
+    def to_log(self) -> bool:
+        due = self.elapsed > self.logged * self.log_sec
+        self.logged += due
+        return due
+
+    def to_save(self) -> bool:
+        due = time.time() - self.saved > self.save_sec
+        if due:
+            self.saved = time.time()
+        return due
+
+
+def atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary)`, then the name: a reader never meets half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights on the CPU, as they are."""
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+
+
+def ship(tensors: dict[str, Tensor], folder: Path | None, name: str) -> None:
+    """`name`.safetensors in `folder`, floats as fp16; nothing without a folder."""
+    if folder is None:
+        return
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    atomically(folder / f"{name}.safetensors", lambda path: save_file(half, path))
