@@ -41,7 +41,7 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 class Clock:
     """Time is the budget: progress, learning rate, and when to log and to save."""
 
-    def __init__(self, args: argparse.Namespace, warm_steps: int, log_sec=10.0, save_sec=30.0):
+    def __init__(self, args: argparse.Namespace, warm_steps: int, log_sec=10.0, save_sec=15.0):
         self.seconds, self.lr, self.warm_steps = args.seconds, args.lr, warm_steps
         self.begin = self.saved = time.time()
         self.log_sec, self.save_sec, self.logged, self.step = log_sec, save_sec, 0, 0

@@ -40,7 +40,7 @@ DIMS = dict(
 SHORT_CONTEXT, FULL_CONTEXT = 375, 1500  # encoder positions of 20 ms: 7.5 s and whisper's 30 s
 MAX_SAMPLES = 24_000 * 7 + 2 * 2_400
 LEAD = 4_800  # silence before the speech, at most
-TIMESTAMPS = 0.25  # part of the examples written with begin and end times
+TIMESTAMPS = 0.15  # part of the examples written with begin and end times
 
 
 def log_mel(wav_16khz: Tensor, filters: Tensor, frames: int) -> Tensor:
