@@ -1,5 +1,9 @@
 """`python -m serve.check EXPORT`: will the servers load this directory, and load it right?
 
+    python -m serve.check exports/x                    # both engines' loading rules, no engine
+    python -m serve.check exports/x --live             # and starts the server and listens to it
+    python -m serve.check exports/x --live --url http://127.0.0.1:8000
+
 Holds a native checkpoint directory against the loading rules of vLLM-Omni 0.30 and SGLang-Omni
 0.1.9, without either of them and without a GPU. vLLM-Omni refuses a bad export after half a minute
 with a message deep in a worker's log; SGLang-Omni drops unknown keys and may serve random weights
@@ -15,9 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +43,7 @@ from higgs_lab.checkpoint import (
     to_talker_key,
 )
 from higgs_lab.codec import MAY_BE_EXTRA, Codec, codec_config
+from higgs_lab.runlog import write_json_atomic
 from higgs_lab.talker import Talker, talker_config
 from higgs_lab.vocab import CODEC_CONFIG, EOC
 
@@ -68,12 +74,13 @@ DECODER_SIDE = ("acoustic_decoder.", "fc2.")
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule, and what each engine would make of it: OK, WARN or FAIL."""
+    """One rule, and what each engine would make of it: OK, WARN or FAIL ("-": not asked)."""
 
     rule: str
     vllm: str
     sglang: str
     detail: str = ""
+    figures: dict = field(default_factory=dict)  # what was measured, by name
 
 
 def check_export(path: str | Path) -> list[Finding]:
@@ -304,16 +311,54 @@ def _some(keys: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m serve.check", description=__doc__.split("\n")[0]
+        prog="python -m serve.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("export", help="directory made by serve.export, or any native checkpoint")
     parser.add_argument("--engine", choices=[*ENGINES, "both"], default="vllm")
+    parser.add_argument("--json", metavar="FILE", help="write the findings and their figures")
+    live = parser.add_argument_group("with --live (see serve/live.py)")
+    live.add_argument("--live", action="store_true", help="ask a server as well; starts one")
+    live.add_argument("--url", help="ask this server, which serves the same export")
+    live.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"))
+    live.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    live.add_argument("--profile", help="name of a profile, or a deploy YAML")
+    live.add_argument("--ref-audio", help="voice to clone, 1 to 30 s; default a buzz")
+    live.add_argument("--ref-text", help="what it says, verbatim")
+    live.add_argument("--rows", type=int, default=120, help="length of a request, 25 rows a second")
+    live.add_argument("--dumps", help="HIGGS_LAB_DUMP_DIR of the server at --url")
+    live.add_argument("--vllm", help="path of the vllm program")
+    live.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
     args = parser.parse_args()
+    if args.live and args.engine == "both":
+        parser.error("--live asks one server: say --engine vllm or --engine sglang")
+    if args.url and not args.live:
+        parser.error("--url goes with --live")
     findings = check_export(args.export)
+    if args.live and not failures(findings, args.engine):
+        print("the directory is fit to be served; now the server", file=sys.stderr)
+        try:
+            findings += _live(args)
+        except (ValueError, OSError) as error:
+            sys.exit(f"serve.check: {error}")
     print(table(findings))
     bad = failures(findings, args.engine)
-    print(f"\n{len(bad)} problems" if bad else "\nfit to be served")
+    if args.json:
+        write_json_atomic(args.json, {"problems": len(bad), "findings": [*map(asdict, findings)]})
+    said = "served as it should be" if args.live else "fit to be served"
+    print(f"\n{len(bad)} problems" if bad else f"\n{said}")
     sys.exit(bool(bad))
+
+
+def _live(args: argparse.Namespace) -> list[Finding]:
+    from serve.live import run_panel
+
+    return run_panel(
+        args.export, args.url, args.device, engine=args.engine, profile=args.profile,
+        api_key=args.api_key, ref_audio=args.ref_audio, ref_text=args.ref_text, rows=args.rows,
+        dumps=args.dumps, vllm=args.vllm, timeout_sec=args.timeout,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

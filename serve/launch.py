@@ -6,8 +6,13 @@
 
 Checks the export first, prints the command and the environment, waits until the server answers and
 says how to call it. SIGINT and SIGTERM reach the server; its exit code is returned; if it dies, the
-error that killed it is dug out of its log. It listens on this machine only; on another --host an
-API key is made up unless VLLM_API_KEY or --api-key gives one.
+error that killed it is dug out of its log.
+
+Safe unless told otherwise: it listens on this machine only; on another --host an API key is made up
+unless VLLM_API_KEY or --api-key gives one. References come inside the request: no files of this
+machine (--local-files FOLDER), nothing fetched from the network (--media-domains HOST ...).
+Uploaded voices: 100 at most, none overwritten (SPEAKER_MAX_UPLOADED,
+VLLM_OMNI_SPEAKER_REGISTRATION_POLICY).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +36,22 @@ from serve.client import is_healthy
 PROFILES = Path(__file__).parent / "profiles"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STATE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "higgs_lab" / "serve"
+
+# What strangers may make the server do, unless the environment says otherwise.
+LIMITS = {
+    # An upload may have 10 MB (fixed in serving_speech.py); the engine's own limit of 1000 voices
+    # would let anybody with a key fill 10 GB of disk.
+    "SPEAKER_MAX_UPLOADED": "100",
+    # The engine lets any caller replace a voice that another uploaded, and so speak in its name.
+    "VLLM_OMNI_SPEAKER_REGISTRATION_POLICY": "immutable",
+    # For references by URL, where --media-domains allows any: a 30 s reference is below 9 MB (the
+    # engine takes 256), and a redirect could lead past the list of allowed hosts.
+    "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "16",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+}
+# vLLM reads an empty list of hosts as "any": whoever can call the server could then make it fetch
+# from the network that it stands in. This name is reserved never to exist (RFC 2606).
+NO_HOST = "none.invalid"
 
 # Names that the last lines of a dead server's log give to any failure; the cause stands above them.
 CONSEQUENCES = (
@@ -54,6 +76,7 @@ class Plan:
     unset: list[str]
     url: str
     log: Path
+    deploy: Path
     api_key: str | None = None
     model: str = ""
 
@@ -134,8 +157,13 @@ def make_plan(
     log: str | Path | None = None,
     state: str | Path | None = None,
     extra: list[str] | None = None,
+    local_files: str | Path | None = None,
+    media_domains: list[str] | None = None,
 ) -> Plan:
     """Command and environment for an export; `profile` is a name or a YAML file.
+
+    local_files: folder from which references may come as file:// URLs; default none.
+    media_domains: hosts from which they may be fetched; default none.
 
     Raises FileNotFoundError when the export, the profile or vLLM is not there.
     """
@@ -165,6 +193,7 @@ def make_plan(
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    env |= {name: os.environ.get(name, value) for name, value in LIMITS.items()}
     if cpu:
         env |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a quarter of the machine
@@ -175,7 +204,13 @@ def make_plan(
         env["VLLM_API_KEY"] = key  # not on the command line, which every user of the machine sees
     command = [_vllm(vllm, cpu), "serve", str(export), "--omni", "--trust-remote-code"]
     command += ["--deploy-config", str(deploy), "--host", host, "--port", str(port)]
-    command += ["--served-model-name", export.name, *(extra or [])]
+    command += ["--allowed-media-domains", *(media_domains or [NO_HOST])]
+    command += ["--served-model-name", export.name]
+    if local_files is not None:
+        if not Path(local_files).is_dir():
+            raise FileNotFoundError(f"--local-files {local_files} is no folder")
+        command += ["--allowed-local-media-path", str(Path(local_files).resolve())]
+    command += extra or []
     reach = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     return Plan(
         command=command,
@@ -184,6 +219,7 @@ def make_plan(
         unset=["PYTHONDONTWRITEBYTECODE"],
         url=f"http://{f'[{reach}]' if ':' in reach else reach}:{port}",
         log=Path(log or state / f"server-{port}.log"),
+        deploy=deploy,
         api_key=key,
         model=export.name,
     )
@@ -203,6 +239,13 @@ def start(plan: Plan, extra_env: dict[str, str] | None = None) -> Server:
             start_new_session=True,
         )
     return Server(plan, process)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def gpu_memory_gb() -> list[float]:
@@ -326,6 +369,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key", help="default: VLLM_API_KEY; made up on another --host")
+    parser.add_argument("--local-files", metavar="FOLDER", help="file:// references from here only")
+    parser.add_argument("--media-domains", nargs="+", metavar="HOST", help="http(s):// references")
     parser.add_argument("--vllm", help="path of the vllm program")
     parser.add_argument("--state", help=f"folder for voices, caches and log; default {STATE}")
     parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
@@ -336,6 +381,7 @@ def main() -> None:
         plan = make_plan(
             args.export, args.profile, args.device, args.host, args.port, args.api_key, args.vllm,
             state=args.state, extra=[word for word in extra if word != "--"],
+            local_files=args.local_files, media_domains=args.media_domains,
         )  # fmt: skip
     except OSError as error:
         sys.exit(f"serve.launch: {error}")

@@ -78,6 +78,25 @@ def test_plan_sets_what_the_engine_needs(export_dir, vllm):
     assert words[-2:] == ["--max-log-len", "20"]
 
 
+def test_nothing_is_fetched_and_voices_are_few_and_stay(export_dir, vllm, tmp_path, monkeypatch):
+    """Unless asked for: the engine alone would fetch any URL and let anybody replace a voice."""
+    plan = plan_of(export_dir, vllm)
+    words = plan.command
+    assert words[words.index("--allowed-media-domains") + 1] == "none.invalid"
+    assert "--allowed-local-media-path" not in words  # vLLM's own default is none
+    assert plan.env["SPEAKER_MAX_UPLOADED"] == "100"
+    assert plan.env["VLLM_OMNI_SPEAKER_REGISTRATION_POLICY"] == "immutable"
+    monkeypatch.setenv("SPEAKER_MAX_UPLOADED", "7")  # the operator's word counts
+    options = {"local_files": tmp_path, "media_domains": ["a.example", "b.example"]}
+    plan = plan_of(export_dir, vllm, extra=["--seed", "1"], **options)
+    assert plan.env["SPEAKER_MAX_UPLOADED"] == "7"
+    shown = " ".join(plan.command)
+    assert "--allowed-media-domains a.example b.example --" in shown
+    assert f"--allowed-local-media-path {tmp_path.resolve()}" in shown
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        plan_of(export_dir, vllm, local_files=tmp_path / "nowhere")
+
+
 def test_a_key_is_made_up_when_others_can_reach_the_server(export_dir, vllm, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     plan = plan_of(export_dir, vllm, host="0.0.0.0")
