@@ -46,13 +46,15 @@ serve-env: .venv-serve/.ready
 
 # A second environment: the server's CPU build pins transformers 5.14 and torch 2.13 by overrides.
 .venv-serve/.ready: .venv/.ready serve/cpu/requirements.txt serve/cpu/overrides.txt \
-    serve/cpu/pyproject.toml $(wildcard serve/cpu/higgs_lab_vllm_cpu/*.py)
+    serve/cpu/pyproject.toml $(wildcard serve/cpu/higgs_lab_vllm_cpu/*.py) \
+    serve/lora/pyproject.toml $(wildcard serve/lora/higgs_lab_vllm_lora/*.py)
 	@test "$$(uname -sm)" = "Linux x86_64" || { echo "serving is supported on Linux x86-64 only"; exit 1; }
 	@ldconfig -p 2>/dev/null | grep -q libnuma.so.1 || ls /usr/lib/*/libnuma.so.1 >/dev/null 2>&1 || \
 	  { echo "libnuma is missing, the server's CPU kernels need it: apt-get install libnuma1"; exit 1; }
 	test -x $(SERVE_PY) || $(PYTHON) -m venv .venv-serve
 	$(UV) pip install --quiet --python $(SERVE_PY) --override serve/cpu/overrides.txt \
-	  --requirement serve/cpu/requirements.txt ./serve/cpu
+	  --reinstall-package higgs_lab_vllm_cpu --reinstall-package higgs_lab_vllm_lora \
+	  --requirement serve/cpu/requirements.txt ./serve/cpu ./serve/lora
 	@touch $@
 
 demo: setup

@@ -3,6 +3,7 @@
     python -m serve.launch exports/x                  # picks a profile for the GPUs found
     python -m serve.launch exports/x --device cpu     # the nano checkpoint on a laptop
     python -m serve.launch exports/x --print          # only says what it would run
+    python -m serve.launch exports/x --lora ann=runs/ann --lora bob=runs/bob  # voices by name
 
 Checks the export first, prints the command and the environment, waits until the server answers and
 says how to call it. SIGINT and SIGTERM reach the server; its exit code is returned; if it dies, the
@@ -371,6 +372,9 @@ def main() -> None:
     parser.add_argument("--api-key", help="default: VLLM_API_KEY; made up on another --host")
     parser.add_argument("--local-files", metavar="FOLDER", help="file:// references from here only")
     parser.add_argument("--media-domains", nargs="+", metavar="HOST", help="http(s):// references")
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FOLDER",
+                        help="an adapter beside the export, spoken with by model=NAME")  # fmt: skip
+    parser.add_argument("--max-loras", type=int, help="adapters that a batch may mix; default 8")
     parser.add_argument("--vllm", help="path of the vllm program")
     parser.add_argument("--state", help=f"folder for voices, caches and log; default {STATE}")
     parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
@@ -383,7 +387,11 @@ def main() -> None:
             state=args.state, extra=[word for word in extra if word != "--"],
             local_files=args.local_files, media_domains=args.media_domains,
         )  # fmt: skip
-    except OSError as error:
+        if args.lora:
+            from serve.adapters import parse_lora, with_adapters
+
+            plan = with_adapters(plan, args.export, parse_lora(args.lora), args.max_loras)
+    except (OSError, ValueError) as error:
         sys.exit(f"serve.launch: {error}")
     print(plan.show(), flush=True)
     if args.print:
