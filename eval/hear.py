@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from eval import metrics
-from eval.asr import load_recognizer, recognizer_details
-from eval.stages import HEAR_SEC, JUDGE_HZ, free_memory, read_clip
+from eval.asr import free_memory, load_recognizer, recognizer_details, together
+from eval.stages import HEAR_SEC, JUDGE_HZ, read_clip
 from eval.work import Cache, Ledger, chunks
 from higgs_lab.manifest import Utterance
 
-BATCH = 16  # clips that a process claims at once
+# Clips that a process claims at once, and a killed one loses: what a GPU decodes together.
+BATCH = 128
+CPU_BATCH = 16
 
 
 def hear(
@@ -27,26 +34,70 @@ def hear(
     if asr == "none":
         return {}
     languages = {row.id: row.language for row in rows}
-    kept = Cache(cache, "heard", recognizer_details(asr, fp16), ("sha256", "language"))
+    details = recognizer_details(asr, fp16, set(languages.values()))
+
+    def judged_by(lang: str) -> dict:
+        return {"title": details["routes"][lang]} if "routes" in details else details
+
+    def length(key: tuple) -> float:
+        return (speech[key]["audio_facts"] or {}).get("seconds", 0.0)
+
+    # By recogniser, and clips of about one length together: they end at about the same step.
+    order = sorted(speech, key=lambda k: (together(asr, languages[k[0]]), -length(k), k))
     recognizer = None
-    with Ledger(out / "transcripts.jsonl") as ledger, kept:
-        for batch in ledger.claim(chunks(sorted(speech), BATCH), "hear"):
-            entries = []
-            for id, take in batch:
-                clip, lang = speech[id, take], languages[id]
-                facts = clip["audio_facts"]
-                audible = bool(facts) and facts["active_sec"] >= metrics.ACTIVE_SEC
-                known = kept.get(clip["sha256"], lang) if audible else None
-                if known is None:
-                    recognizer = recognizer or load_recognizer(asr, device, fp16)
-                    known = {"heard": recognizer.hears(lang), "text": ""}
-                    if known["heard"] and audible:
-                        wav = read_clip(out, clip["audio"], JUDGE_HZ)[: int(HEAR_SEC * JUDGE_HZ)]
-                        known |= recognizer.transcribe(wav, lang).as_dict()
-                        kept.put([{"sha256": clip["sha256"], "language": lang} | known])
-                entries.append({"id": id, "take": take} | known)
-            ledger.append(entries)
+    with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(out / "transcripts.jsonl"))
+        caches: dict[str, Cache] = {}
+        for batch in ledger.claim(chunks(order, BATCH if _on_gpu(device) else CPU_BATCH), "hear"):
+            found: dict[tuple, dict] = {}
+            for key in batch:
+                lang = languages[key[0]]
+                if lang not in caches:
+                    kept = Cache(cache, "heard", judged_by(lang), ("sha256", "language"))
+                    caches[lang] = stack.enter_context(kept)
+                if (known := caches[lang].get(speech[key]["sha256"], lang)) is not None:
+                    found[key] = known
+            todo = [key for key in batch if key not in found]
+            if todo and recognizer is None:
+                recognizer = load_recognizer(asr, device, fp16)
+                stack.callback(recognizer.close)
+            audible = [key for key in todo if _audible(speech[key])]
+            wavs = _read_all(out, [speech[key]["audio"] for key in audible])
+            langs = [languages[key[0]] for key in audible]
+            if audible:
+                for key, transcript in zip(
+                    audible, recognizer.transcribe_all(wavs, langs), strict=True
+                ):
+                    lang = languages[key[0]]
+                    found[key] = {"heard": transcript is not None, "text": ""}
+                    found[key] |= transcript.as_dict() if transcript else {}
+                    if not found[key].get("error"):  # it may go better another time
+                        row = {"sha256": speech[key]["sha256"], "language": lang} | found[key]
+                        caches[lang].put([row])
+            for key in todo:  # nothing to hear, so nothing is heard
+                if key not in found:
+                    found[key] = {"heard": recognizer.hears(languages[key[0]]), "text": ""}
+            ledger.append([{"id": key[0], "take": key[1]} | found[key] for key in batch])
         heard = ledger.rows
     del recognizer
     free_memory()
     return heard
+
+
+def _audible(clip: dict) -> bool:
+    facts = clip["audio_facts"]
+    return bool(facts) and facts["active_sec"] >= metrics.ACTIVE_SEC
+
+
+def _read_all(out: Path, names: Sequence[str]) -> list[np.ndarray]:
+    def read(name: str) -> np.ndarray:
+        return read_clip(out, name, JUDGE_HZ)[: int(HEAR_SEC * JUDGE_HZ)]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(read, names))
+
+
+def _on_gpu(device: str | None) -> bool:
+    import torch
+
+    return device != "cpu" and torch.cuda.is_available()

@@ -62,6 +62,7 @@ def evaluate(
             f"takes={takes}: {system.name} says a text in one way, so one take is all there is"
         )
     out = Path(out)
+    languages = {row.language for row in test_set.rows}
     config = {
         "system": {"name": system.name} | system.details,
         "set": {
@@ -72,7 +73,7 @@ def evaluate(
         },
         "seed": seed,
         "takes": takes,
-        "asr": None if asr == "none" else recognizer_details(asr, asr_fp16),
+        "asr": None if asr == "none" else recognizer_details(asr, asr_fp16, languages),
         "encoder": None if speaker == "none" else encoder_details(speaker),
         "normalizer": normalizer_version(normalizer),
         "metrics": metrics.METRICS_VERSION,
@@ -161,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     add("--refs", default="auto", choices=REFERENCE_CHOICES, help="where references come from")
     add("--seed", type=int, default=0, help="of sampling, of --limit, of references")
     add("--takes", type=int, default=1, help="clips of each text, with seeds from --seed on")
-    add("--asr", default="large-v3", help="Whisper name, checkpoint file, nano, or none")
+    add("--asr", default="large-v3", help="Whisper, mms, auto, nano, none, ...: see eval.asr")
     add("--asr-fp16", action="store_true", help="recognise in half precision (GPU)")
     add("--speaker", default="speechbrain/spkrec-ecapa-voxceleb", help="ECAPA name, folder, none")
     add("--normalizer", default="fair", choices=NORMALIZERS)

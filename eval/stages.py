@@ -7,9 +7,7 @@ from that one's rows.
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -158,10 +156,3 @@ def read_clip(out: Path, audio: str, rate_hz: int) -> np.ndarray:
             f"{path} was spoken but is gone: put it back, or delete {out} and start again"
         )
     return read_audio(path, rate_hz, max_sec=None)
-
-
-def free_memory() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

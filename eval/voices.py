@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from eval import metrics
+from eval.asr import free_memory
 from eval.sets import EvalSet
 from eval.speaker import MIN_SAMPLES, centroid, cosine, encoder_details, load_encoder
-from eval.stages import HEAR_SEC, JUDGE_HZ, free_memory
+from eval.stages import HEAR_SEC, JUDGE_HZ
 from eval.work import Cache, Ledger, chunks
 from higgs_lab.audio import read_audio
 from higgs_lab.manifest import Utterance
