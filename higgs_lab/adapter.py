@@ -46,7 +46,8 @@ def attach_lora(
 ) -> PeftModel:
     """Freeze the talker and add a fresh LoRA, which changes no logit until trained.
 
-    Raises ValueError for an unknown preset.
+    What trains is fp32 whatever the talker's dtype: an optimiser's steps on a bf16 table would be
+    rounded away. Raises ValueError for an unknown preset.
     """
     if preset not in TARGETS:
         raise ValueError(f"unknown LoRA preset {preset!r}; there are {', '.join(TARGETS)}")
@@ -55,7 +56,11 @@ def attach_lora(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(talker, config)
+        model = get_peft_model(talker, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # PEFT raises lora_A and lora_B itself, the table not
+            parameter.data = parameter.data.float()
+    return model
 
 
 def trainable_names(model: torch.nn.Module) -> list[str]:
@@ -179,7 +184,9 @@ def merge_lora(model: PeftModel) -> Talker:
             module.float()
             module.merge(safe_merge=True)
             base.to(dtype)
-    return model.unload()
+    talker = model.unload()
+    talker.codebooks.to(talker.model.embed_tokens.weight.dtype)  # a trained table is fp32
+    return talker
 
 
 @contextmanager

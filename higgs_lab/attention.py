@@ -57,6 +57,8 @@ def _varlen_forward(
         )
     from torch.nn.attention.varlen import varlen_attn
 
+    # fp32 norm weights under autocast raise query and key; the kernel takes one dtype
+    query, key = query.to(value.dtype), key.to(value.dtype)
     groups = module.num_key_value_groups
     if groups > 1:  # the grouped call is newer than torch 2.11
         key = key.repeat_interleave(groups, dim=1)

@@ -42,14 +42,14 @@ class FusedCodebooks(nn.Module):
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
         self.weight = nn.Parameter(torch.empty(num_codebooks * codebook_size, hidden_size))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """rows [..., K] -> embeddings [..., D], summed over codebooks in the table's dtype."""
+    def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """rows [..., K] -> embeddings [..., D], summed over codebooks in `dtype` (the table's)."""
         offsets = torch.arange(self.num_codebooks, device=rows.device) * self.codebook_size
-        return F.embedding(rows + offsets, self.weight).sum(dim=-2)
+        return F.embedding(rows + offsets, self.weight).to(dtype or self.weight.dtype).sum(dim=-2)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> logits [..., K, V]."""
-        flat = F.linear(hidden, self.weight)
+        """hidden [..., D] -> logits [..., K, V] in its dtype; a table in training may be fp32."""
+        flat = F.linear(hidden, self.weight.to(hidden.dtype))
         return flat.unflatten(-1, (self.num_codebooks, self.codebook_size))
 
 
@@ -110,9 +110,16 @@ class Talker(nn.Module):
         return TalkerOutput(hidden, self.codebooks.logits(picked), out.past_key_values)
 
     def embed(self, ids: Tensor, is_audio: Tensor, rows: Tensor) -> Tensor:
-        """[B, L, D]: text embeddings, with the fused sum where a row stands."""
+        """[B, L, D]: text embeddings, with the fused sum where a row stands.
+
+        Under autocast in its dtype, which the rotary angles follow: fp32 master weights must train
+        the sums that the bf16 checkpoint will be served with (facts §1.6).
+        """
         text = self.model.embed_tokens(ids)
-        return torch.where(is_audio[..., None], self.codebooks(rows).to(text.dtype), text)
+        device = text.device.type
+        if torch.is_autocast_enabled(device):
+            text = text.to(torch.get_autocast_dtype(device))
+        return torch.where(is_audio[..., None], self.codebooks(rows, text.dtype), text)
 
     @property
     def device(self) -> torch.device:

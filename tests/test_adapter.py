@@ -155,6 +155,26 @@ def test_the_seed_alone_decides_a_fresh_adapter():
     assert torch.equal(torch.random.get_rng_state(), state)  # attaching draws from no global state
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_trains_on_a_bf16_base_is_fp32(preset):
+    """Steps of an optimiser are smaller than a bf16 table can show: it would stand still."""
+    model = attach_lora(tiny_talker(dtype=torch.bfloat16), preset, rank=4)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    before = {n: p.clone() for n, p in trainable.items() if "codebooks" in n}
+    optimizer = torch.optim.SGD(trainable.values(), lr=1e-3)
+    example = three_examples()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        run_one(model, example)[example.supervised].logsumexp(-1).mean().backward()
+    optimizer.step()
+    for name, old in before.items():
+        moved = trainable[name] != old
+        seen = trainable[name].grad.abs() > 1e-6 * old.abs().max()  # lr * gradient: tiny steps
+        assert seen.any() and moved[seen].float().mean() > 0.9, name
+
+
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="'all'; there are attention, attention_mlp"):
         attach_lora(tiny_talker(), "all")

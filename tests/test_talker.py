@@ -143,6 +143,18 @@ def test_trap09_bf16_sums_rows_and_rotates_in_bf16_as_training_did():
     assert float((picked[0] - picked[1]).abs().max()) < 0.05
 
 
+@torch.no_grad()
+def test_trap09_fp32_master_weights_train_the_sums_of_the_bf16_checkpoint():
+    """A full fine-tune keeps fp32 weights under autocast, but must see what will be served."""
+    served, master = tiny_talker(scale=4, dtype=torch.bfloat16), tiny_talker(scale=4)
+    master.load_state_dict({k: v.float() for k, v in served.state_dict().items()})
+    example = three_examples()[2]
+    batch = (example.ids[None], example.is_audio[None], example.rows[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(master.embed(*batch), served.embed(*batch))
+    assert not torch.equal(master.embed(*batch), served.embed(*batch).float())
+
+
 # --- the configuration
 
 
