@@ -6,7 +6,8 @@
         seed: int = 0  # the same seed gives the same take
 
     if __name__ == "__main__":
-        main(cli(SpeakConfig, "Speak a text."))
+        with one_line_errors("speak"):
+            main(cli(SpeakConfig, "Speak a text."))
 
     python speak.py --config speak.yaml model=nano seed=3
 
@@ -16,6 +17,7 @@ is named, typed, given its default and explained. OmegaConf does the merging and
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -25,6 +27,7 @@ import textwrap
 import tokenize
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,6 +119,15 @@ def cli(cls: type[Config], description: str, argv: list[str] | None = None) -> C
         print(to_yaml(config), end="")
         sys.exit(0)
     return config
+
+
+@contextlib.contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """What a user can mend ends the command with one line and status 1, not with a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{command}: {error}")
 
 
 def describe(cls: type) -> str:

@@ -153,10 +153,12 @@ def show_rows(vocab: Vocab, example: Example, color: bool = True, max_rows: int 
 
 def main() -> None:
     import argparse
+    import sys
 
     from higgs_lab.audio import read_audio
     from higgs_lab.checkpoint import resolve_checkpoint
     from higgs_lab.codec import Codec
+    from higgs_lab.config import one_line_errors
     from higgs_lab.manifest import read_manifest
 
     parser = argparse.ArgumentParser(description="Print one training sequence of a manifest.")
@@ -167,17 +169,19 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="show every position")
     args = parser.parse_args()
-    path = resolve_checkpoint(args.model).path
-    vocab, codec = Vocab.from_pretrained(path), Codec.from_pretrained(path)
-    rows = read_manifest(args.manifest)
-    if not 1 <= args.row <= len(rows):
-        parser.error(f"--row {args.row}: {args.manifest} has rows 1 to {len(rows)}")
-    row = rows[args.row - 1]
-    ref = None if row.ref_audio is None else codec.encode(read_audio(row.ref_audio))
-    ref_text = row.ref_text if ref is not None else None
-    example = render_example(vocab, row.text, codec.encode(read_audio(row.audio)), ref, ref_text)
-    import sys
+    with one_line_errors("higgs_lab.prompt"):
+        rows = read_manifest(args.manifest, need_audio=True)
+        if not 1 <= args.row <= len(rows):
+            parser.error(f"--row {args.row}: {args.manifest} has rows 1 to {len(rows)}")
+        row = rows[args.row - 1]
+        path = resolve_checkpoint(args.model).path
+        vocab, codec = Vocab.from_pretrained(path), Codec.from_pretrained(path)
 
+        def encode(audio) -> Tensor:
+            return codec.encode(read_audio(audio, codec.sample_rate_hz))
+
+        ref = None if row.ref_audio is None else encode(row.ref_audio)
+        example = render_example(vocab, row.text, encode(row.audio), ref, row.ref_text)
     limit = len(example.ids) if args.all else 40
     print(show_rows(vocab, example, color=sys.stdout.isatty(), max_rows=limit))
 

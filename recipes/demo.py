@@ -20,30 +20,33 @@ from dataclasses import replace
 from pathlib import Path
 
 from higgs_lab.audio import audio_info, write_wav
+from higgs_lab.config import one_line_errors
 from higgs_lab.manifest import Utterance, open_data, write_manifest
 from higgs_lab.prepared import text_key
 from higgs_lab.runlog import duration
 
 TOOLS = Path(__file__).resolve().parent.parent  # holds recipes/, eval/ and serve/
-NUM_TRAIN, NUM_TEST = 40, 8
+NUM_TRAIN, NUM_TEST, MOST_TRAIN = 40, 8, 200
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--data", help="manifest, LJSpeech folder, wav+txt folder or CSV")
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--asr", default="nano", help="Whisper name or checkpoint")
-    parser.add_argument("--speaker", default="nano", help="ECAPA name or folder")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tests", type=int, default=NUM_TEST, help="texts of the evaluation")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("demo"), help="folder for everything made")
+    add("--data", help="your recordings: manifest, LJSpeech folder, wav+txt folder or CSV")
+    add("--clips", type=int, default=MOST_TRAIN, help="at most so many of them to learn from")
+    add("--model", default="nano", help="base: nano, a folder or org/name@revision")
+    add("--asr", default="nano", help="Whisper name or checkpoint")
+    add("--speaker", default="nano", help="ECAPA name or folder")
+    add("--steps", type=int, default=60, help="optimiser steps")
+    add("--tests", type=int, default=NUM_TEST, help="texts of the evaluation")
     args = parser.parse_args(argv)
     out, began = args.out, time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
     train, test = out / "train.jsonl", out / "test.jsonl"
     if not (train.is_file() and test.is_file()):
         if args.data:
-            take_recordings(args.data, train, test, args.tests)
+            with one_line_errors("demo"):
+                take_recordings(args.data, train, test, args.tests, args.clips)
         else:
             make_recordings(out / "recordings", train, test, args.tests)
 
@@ -129,27 +132,38 @@ def make_recordings(folder: Path, train: Path, test: Path, num_test: int) -> Non
     print(f"{NUM_TRAIN} clips to learn from and {num_test} to test on in {folder}")
 
 
-def take_recordings(source: str, train: Path, test: Path, num_test: int) -> None:
+def take_recordings(source: str, train: Path, test: Path, num_test: int, clips: int) -> None:
     """Split the user's recordings: the last texts are the test, another clip the reference."""
-    rows = list(open_data(source))
+    rows = open_data(source)
     texts = list(dict.fromkeys(text_key(row.text) for row in rows))
     if len(texts) < 4:
-        sys.exit(f"demo: {source} has {len(texts)} different texts; at least 4 are needed")
+        raise ValueError(f"{source} has {len(texts)} different texts; at least 4 are needed")
     held_out = set(texts[-min(num_test, len(texts) // 3) :])
     learn = [row for row in rows if text_key(row.text) not in held_out]
+    if len(learn) > clips:
+        print(f"{len(learn)} clips, of which the demo takes {clips} (--clips)")
+        learn = random.Random(0).sample(learn, clips)
+    voices: dict[str | None, Utterance] = {}  # a clip of each speaker that can serve as reference
+    for row in learn:
+        if row.speaker not in voices and 1 <= seconds_of(row) <= 15:
+            voices[row.speaker] = row
     tests = []
     for row in rows:
-        if text_key(row.text) not in held_out:
-            continue
-        same = [
-            r for r in learn if r.speaker == row.speaker and 1 <= audio_info(r.audio).seconds <= 15
-        ]
-        if same:
-            row = replace(row, ref_audio=same[0].audio, ref_text=same[0].text)
-        tests.append(row)
+        if text_key(row.text) in held_out and len(tests) < 2 * num_test:
+            if row.ref_audio is None and (voice := voices.get(row.speaker)) is not None:
+                row = replace(row, ref_audio=voice.audio, ref_text=voice.text)
+            tests.append(row)
     write_manifest(train, learn)
     write_manifest(test, tests)
     print(f"{len(learn)} clips to learn from and {len(tests)} to test on")
+
+
+def seconds_of(row: Utterance) -> float:
+    """0 when the recording cannot be read; `prepare` says why."""
+    try:
+        return audio_info(row.audio).seconds
+    except (ValueError, OSError):
+        return 0.0
 
 
 if __name__ == "__main__":

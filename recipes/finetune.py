@@ -10,7 +10,6 @@ run.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from higgs_lab.attention import VARLEN, varlen_available
 from higgs_lab.batches import PackedLoader
 from higgs_lab.checkpoint import load_talker, resolve_checkpoint
 from higgs_lab.codec import Codec
-from higgs_lab.config import cli, load_config, save_config
+from higgs_lab.config import cli, load_config, one_line_errors, save_config
 from higgs_lab.prepared import load_prepared, prepared_info
 from higgs_lab.resume import saved_steps, trainable_state
 from higgs_lab.runlog import provenance, write_json_atomic
@@ -34,11 +33,8 @@ from recipes.train_run import Run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli(TrainConfig, "Fine-tune the talker on prepared data.", argv)
-    try:
-        train(config)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"finetune: {error}")
+    with one_line_errors("finetune"):
+        train(cli(TrainConfig, __doc__, argv))
 
 
 def train(config: TrainConfig) -> None:

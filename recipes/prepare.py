@@ -25,7 +25,7 @@ import numpy as np
 
 from higgs_lab.audio import AudioSource, audio_info, measure_levels, read_audio
 from higgs_lab.checkpoint import resolve_checkpoint
-from higgs_lab.config import MISSING, cli
+from higgs_lab.config import MISSING, cli, one_line_errors
 from higgs_lab.manifest import EmbeddedAudio, Utterance, open_data
 from higgs_lab.prepared import INFO, assign_splits, save_prepared, split_table, text_key
 from higgs_lab.runlog import Progress, atomic_path, provenance
@@ -429,4 +429,5 @@ def _report(out: Path, splits: dict, rejects: list[dict], checks: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(cli(PrepareConfig, __doc__))
+    with one_line_errors("prepare"):
+        main(cli(PrepareConfig, __doc__))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import higgs_lab
 from higgs_lab.audio import AudioSource, audio_info, read_audio, write_wav
 from higgs_lab.checkpoint import Checkpoint, resolve_checkpoint
-from higgs_lab.config import MISSING, cli, save_config
+from higgs_lab.config import MISSING, cli, one_line_errors, save_config
 from higgs_lab.manifest import Utterance, file_stem, open_data, read_manifest, write_manifest
 from higgs_lab.runlog import (
     Progress,
@@ -309,4 +309,5 @@ def _write_results(takes: list[Take], records: list[dict], out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(cli(SynthesizeConfig, __doc__))
+    with one_line_errors("synthesize"):
+        main(cli(SynthesizeConfig, __doc__))

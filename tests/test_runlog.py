@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from higgs_lab.runlog import (
     Progress,
@@ -135,6 +137,38 @@ def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "free_mib"),
+    [
+        # word for word what safetensors and torch.save raised on a full disk
+        (
+            SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            ),
+            0,
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 0),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 5000),
+    ],
+    ids=["safetensors", "torch", "quota"],
+)
+def test_a_full_disk_is_known_by_whatever_the_writer_raises(tmp_path, monkeypatch, error, free_mib):
+    usage = shutil._ntuple_diskusage(10**10, 10**10, free_mib * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="disk is full while writing .*model"):
+        with atomic_path(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    for error in (RuntimeError("unexpected pos"), OSError(errno.EACCES, "denied"), ValueError()):
+        with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "model"):
+            raise error
+        assert caught.value is error
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the Linux device /dev/full")
