@@ -1,4 +1,4 @@
-"""Fine-tune the talker, LoRA or full, on prepared data.
+"""Fine-tune the talker, by LoRA, QLoRA or in full, on prepared data.
 
     accelerate launch recipes/finetune.py --config recipes/configs/speaker_lora.yaml \
         data=my/prepared model=bosonai/higgs-tts-3-4b out=runs/my_voice
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from higgs_lab.adapter import attach_lora, base_fingerprint
 from higgs_lab.attention import VARLEN, varlen_available
@@ -24,12 +24,15 @@ from higgs_lab.checkpoint import load_talker, resolve_checkpoint
 from higgs_lab.codec import Codec
 from higgs_lab.config import cli, load_config, one_line_errors, save_config
 from higgs_lab.prepared import load_prepared, prepared_info
+from higgs_lab.quantize import quantize_nf4
 from higgs_lab.resume import saved_steps, trainable_state
 from higgs_lab.runlog import provenance, write_json_atomic
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
 from recipes.train_config import TrainConfig, check
 from recipes.train_run import Run
+
+DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +53,11 @@ def train(config: TrainConfig) -> None:
     )
     say = accelerator.print
     world, rank = accelerator.num_processes, accelerator.process_index
+    if accelerator.distributed_type not in DATA_PARALLEL:
+        raise ValueError(
+            f"accelerate is set to {accelerator.distributed_type.value}; this recipe keeps a whole "
+            "model per process: choose plain multi-GPU in `accelerate config`, or pass --multi_gpu"
+        )
     if config.packs_per_step % world:
         raise ValueError(
             f"packs_per_step={config.packs_per_step} cannot be shared by {world} processes: "
@@ -122,14 +130,17 @@ def train(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         run.save_result(base.path)
     accelerator.wait_for_everyone()
-    say(f"done: {out / ('adapter' if config.method == 'lora' else 'model')}")
+    say(f"done: {out / ('model' if config.method == 'full' else 'adapter')}")
 
 
 def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn.Module:
     """The model with what shall be trained set to train."""
     # A frozen base may be bf16; weights that are updated stay fp32 and are cast by autocast.
     frozen = torch.bfloat16 if bf16 else torch.float32
-    talker = load_talker(base, device, frozen if config.method == "lora" else torch.float32)
+    if config.method == "qlora":
+        talker = quantize_nf4(load_talker(base, "cpu", frozen), device)
+    else:
+        talker = load_talker(base, device, frozen if config.method == "lora" else torch.float32)
     varlen = varlen_available(talker.device, torch.bfloat16 if bf16 else torch.float32)
     if config.attention == "varlen" and not varlen:
         raise ValueError("attention=varlen needs CUDA, bf16 and a torch with varlen_attn: use sdpa")
@@ -137,7 +148,7 @@ def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn
         talker.model.set_attn_implementation(VARLEN)
     if config.gradient_checkpointing:
         talker.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.method == "lora":
+    if config.method != "full":
         return attach_lora(
             talker, config.preset, config.rank, config.alpha, config.dropout, seed=config.seed
         ).train()

@@ -14,7 +14,7 @@ class TrainConfig:
     out: str = "???"  # run directory; an interrupted run there is resumed
     model: str = "nano"  # base: nano, a native directory, or org/name@revision
 
-    method: str = "lora"  # lora, or full
+    method: str = "lora"  # lora; qlora: the frozen base in 4 bits (bitsandbytes); or full
     preset: str = (
         "attention_mlp"  # what LoRA touches: attention, attention_mlp, attention_mlp_table
     )
@@ -58,7 +58,7 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise ValueError for settings that contradict each other."""
-    known = {"method": ("lora", "full"), "schedule": ("cosine", "linear", "constant")}
+    known = {"method": ("lora", "qlora", "full"), "schedule": ("cosine", "linear", "constant")}
     known |= {"precision": ("auto", "bf16", "fp32"), "attention": ("auto", "varlen", "sdpa")}
     known |= {"preset": tuple(TARGETS)}
     for name, choices in known.items():

@@ -213,8 +213,15 @@ class Run:
         if source is not None:
             row = source.rows[len(source) - 1]
             reference, said = torch.as_tensor(row["codes"]), row["text"]
+        # its own text is spoken without it: copying the answer would sound best of all
+        refs = [None if text == said else (reference, said) for text in texts]
         with self.accelerator.autocast():
-            spoken = higgs.speak(texts, reference, said, sampling=Sampling(seed=self.config.seed))
+            spoken = higgs.speak(
+                texts,
+                [ref and ref[0] for ref in refs],
+                [ref and ref[1] for ref in refs],
+                sampling=Sampling(seed=self.config.seed),
+            )
         folder = self.out / "samples" / f"step-{step}"
         for i, (wav, _) in enumerate(spoken):
             write_wav(folder / f"{i}.wav", wav, higgs.sample_rate_hz)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from serve.check import FAIL, check_export, failures
+from serve.check import FAIL, check_export, failures, main
 from serve.export import export
 
 INDEX = "model.safetensors.index.json"
@@ -208,8 +207,11 @@ def test_broken_deploy_profile(good, tmp_path):
     assert found.vllm == FAIL and "nowhere.yaml" in found.detail
 
 
-def test_command_line_says_so_and_exits_with_one(good, tmp_path):
-    bad = broken(good, tmp_path / "x", lambda t: t | {"lora_a": torch.zeros(1)})
-    command = [sys.executable, "-m", "serve.check", str(bad)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and "lora_a" in run.stdout and "1 problems" in run.stdout
+def test_command_line_says_so_and_exits_with_one(good, tmp_path, monkeypatch, capsys):
+    bad = broken(good, tmp_path / "x")
+    save_file({"lora_a": torch.zeros(1)}, bad / "more.safetensors")
+    monkeypatch.setattr(sys, "argv", ["check", str(bad)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 1 and "lora_a" in out and "1 problems" in out

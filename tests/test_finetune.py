@@ -13,16 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from higgs_lab.audio import audio_info
 from higgs_lab.codec import Codec
+from higgs_lab.config import load_config
 from higgs_lab.prepared import save_prepared
 from higgs_lab.runlog import read_jsonl
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
 from recipes.finetune import train
-from recipes.train_config import TrainConfig, learning_rate
+from recipes.train_config import TrainConfig, check, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(rank=4, budget_positions=400, lr=2e-3, warmup_steps=2, seed=3, packs_per_step=2)
@@ -84,8 +87,11 @@ def curve(metrics: list[dict], name: str) -> list[float]:
 
 def launch(prepared: Path, out: Path, processes: int, **changes) -> subprocess.Popen:
     options = {**SMALL, "data": prepared, "out": out, **changes}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    """The recipe under `accelerate launch`; processes = 0: without it, which starts sooner."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no"]
+        command += ["--num_processes", str(processes), "--num_machines", "1"]
     if processes > 1:
         command += ["--main_process_port", str(20000 + os.getpid() % 20000)]
     command += [str(ROOT / "recipes" / "finetune.py")]
@@ -162,21 +168,42 @@ def test_five_steps_then_resume_equals_ten_straight_bit_for_bit(prepared, straig
 def test_kill_dash_nine_and_resume_is_identical(prepared, straight, tmp_path):
     out = tmp_path / "run"
     changes = dict(steps=10, save_every=2, dropout=0.1, valid_every=5)
-    process = launch(prepared, out, 1, **changes)
+    process = launch(prepared, out, 0, **changes)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").is_file() and len(read_jsonl(out / "metrics.jsonl")) >= 5:
-            break
-        time.sleep(0.02)
+    while not (out / "checkpoints" / "step-4").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     assert not (out / "adapter").exists()
-    again = launch(prepared, out, 1, **changes)
-    output, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, output
-    assert same(adapter(out), adapter(straight)), output
+    run(prepared, out, **changes)
+    assert same(adapter(out), adapter(straight))
     steps = [m["step"] for m in read_jsonl(out / "metrics.jsonl") if "loss" in m]
     assert steps == list(range(1, 11))
+
+
+def test_trackers_get_the_curves_and_the_spoken_samples(prepared, tmp_path, monkeypatch):
+    """tensorboard, and wandb as on a machine without network or account."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "run"
+    run(prepared, out, steps=2, valid_every=2, sample_every=2, trackers=["tensorboard", "wandb"])
+    events = next(out.rglob("events.out.tfevents*")).parent
+    seen = EventAccumulator(str(events), {"audio": 0})
+    seen.Reload()
+    logged = {m["step"]: m["loss"] for m in read_jsonl(out / "metrics.jsonl") if "loss" in m}
+    assert {e.step: pytest.approx(e.value) for e in seen.Scalars("loss")} == logged
+    wanted = {"valid/loss_eoc", "lr", *(f"valid/loss_code/{k}" for k in range(8))}
+    assert wanted <= set(seen.Tags()["scalars"])
+    texts = json.loads((out / "samples" / "step-2" / "texts.json").read_text())
+    assert [t["text"] for t in texts] == [f"Sentence number {i} of valid." for i in range(3)]
+    for i in range(3):
+        assert audio_info(out / "samples" / "step-2" / f"{i}.wav").seconds > 0.3
+        assert seen.Audio(f"sample/{i}")[0].step == 2
+    wandb_run = next(out.glob("wandb/offline-run-*"))
+    assert next(wandb_run.glob("run-*.wandb")).stat().st_size > 1000
+    assert len(list(wandb_run.glob("files/media/audio/**/*.wav"))) == 3
 
 
 @pytest.mark.slow
@@ -229,6 +256,66 @@ def test_trap36_only_the_adapter_trains(prepared, nano):
     assert len(names) == 3 * 7 * 2 and all("lora_" in name for name in names)
 
 
+@pytest.mark.parametrize("changes", [{"method": "full"}, {"preset": "attention_mlp_table"}])
+def test_bf16_moves_the_table_and_writes_it_whole(prepared, nano, tmp_path, changes):
+    """As on a GPU: autocast to bf16, what trains in fp32, the result in the stored dtype."""
+    import higgs_lab
+    from higgs_lab.checkpoint import load_talker
+
+    out = tmp_path / "run"
+    metrics = run(
+        prepared, out, precision="bf16", steps=3, valid_every=0, sample_every=3, **changes
+    )
+    assert abs(curve(metrics, "loss")[0] - np.log(1026)) < 0.4
+    old = load_talker(nano).codebooks.weight
+    if "method" in changes:
+        new = load_talker(out / "model").codebooks.weight
+    else:
+        new = higgs_lab.load(nano, out, dtype=torch.bfloat16).talker.codebooks.weight
+    assert new.dtype == old.dtype == torch.bfloat16
+    assert 0.5 < float((new != old).float().mean())  # most entries: it was not stuck in rounding
+
+
+def test_qlora_trains_an_adapter_for_the_unquantised_base(prepared, nano, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the qlora extra, Linux only")
+    from higgs_lab.adapter import adapter_effect, load_adapter
+    from higgs_lab.checkpoint import load_talker
+    from higgs_lab.prompt import render_prompt
+    from recipes.finetune import build_model
+
+    config = TrainConfig(data="", out="", **SMALL | {"method": "qlora"})
+    model = build_model(config, nano, "cpu", bf16=False)
+    block = model.base_model.model.model.layers[0]
+    full = load_talker(nano).model.layers[0]
+    packed, before = block.self_attn.q_proj.base_layer.weight, full.self_attn.q_proj.weight
+    assert packed.dtype == torch.uint8 and packed.numel() == before.numel() / 2
+    x = torch.randn(5, before.shape[1], generator=torch.Generator().manual_seed(0))
+    wanted = x @ before.float().T
+    error = float((block.self_attn.q_proj(x) - wanted).norm() / wanted.norm())
+    assert 0.01 < error < 0.15  # four bits: near, but not the same
+    metrics = run(prepared, tmp_path / "run", method="qlora", steps=4, valid_every=0)
+    loss = curve(metrics, "loss")
+    assert abs(loss[0] - np.log(1026)) < 0.4 and loss[-1] < loss[0]
+    vocab = Vocab.from_pretrained(nano)
+    loaded = load_adapter(load_talker(nano, dtype=torch.float32), tmp_path / "run", base=nano)
+    assert adapter_effect(loaded, render_prompt(vocab, "Hello.")) > 0
+
+
+def test_qlora_without_bitsandbytes_names_the_extra(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"higgs_lab\[qlora\].*or use method=lora"):
+        run(prepared, tmp_path / "run", method="qlora")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sharding_launcher_is_refused(prepared, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="set to FSDP.*plain multi-GPU"):
+        run(prepared, tmp_path / "run")
+
+
 def test_full_fine_tune_writes_a_native_directory(prepared, nano, tmp_path):
     from higgs_lab.checkpoint import NativeFiles, load_talker
 
@@ -250,7 +337,7 @@ def test_learning_rate_warms_up_and_ends_where_it_should():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "qlora"}, "choose lora, full"),
+        ({"method": "dora"}, "choose lora, qlora, full"),
         ({"preset": "everything"}, "choose attention"),
         ({"steps": 0}, "at least 1"),
         ({"clone_share": 0.8, "clone_text_share": 0.5}, "at most 1"),
@@ -277,6 +364,29 @@ def test_trap16_data_of_another_codec_is_refused(nano, tmp_path):
 def test_a_run_directory_is_not_continued_with_other_settings(prepared, straight):
     with pytest.raises(ValueError, match="lr"):
         run(prepared, straight, steps=12, save_every=5, dropout=0.1, valid_every=5, lr=1e-5)
+
+
+CONFIGS = sorted(p for p in (ROOT / "recipes" / "configs").glob("*.yaml")
+                 if p.stem.endswith(("lora", "full")))  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
+    config = load_config(TrainConfig, path, ["data=a", "out=b"])
+    check(config)
+    assert f"accelerate launch recipes/finetune.py --config recipes/configs/{path.name}" in (
+        path.read_text()
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_trap28_no_shipped_recipe_trains_cloning_or_bare_prompts_away(path, nano):
+    """A voice learnt from one kind of prompt alone is lost to the others. What a fine-tune really
+    costs other voices and languages, eval.compare says."""
+    config = load_config(TrainConfig, path, ["data=a", "out=b"])
+    modes = Modes(config.clone_share, config.clone_text_share)
+    shares = TrainingSet(rows(200), Vocab.from_pretrained(nano), modes).mode_shares()
+    assert min(shares.values()) > 0.15
 
 
 def test_trap26_all_three_prompt_modes_are_in_an_epoch(nano):

@@ -111,6 +111,16 @@ def test_trap23_seeds(talker, prompts, mode):
     assert same(again, takes[0])
 
 
+def test_trap35_twenty_at_once_say_what_each_says_alone(talker):
+    """Servers have garbled speech in batches of 16 and more."""
+    vocab = tiny_vocab()
+    prompts = [render_prompt(vocab, "word " * (1 + i % 7)) for i in range(20)]
+    requests = [settings_of(MODES[i % 2], seed=i, max_frames=8 + i % 5) for i in range(20)]
+    together = generate(talker, prompts, requests)
+    for prompt, request, one in zip(prompts, requests, together, strict=True):
+        assert same(one, generate(talker, [prompt], request)[0])
+
+
 def test_a_capped_request_stays_capped_whatever_its_mates_do():
     """It idles while others go on; an EOC drawn in that time is not its end."""
     talker, prompt = tiny_talker(), three_prompts()[0]

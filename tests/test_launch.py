@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.launch import find_error, make_plan, pick_profile, start
+from serve.launch import find_error, main, make_plan, pick_profile, start
 
 FAKE = """\
 #!{python}
@@ -203,7 +203,12 @@ def test_print_only_prints(export_dir, vllm, tmp_path):
     assert "--deploy-config" in child.stdout.read()
 
 
-def test_a_bad_export_is_not_even_started(export_dir, vllm):
-    child = run_cli(str(export_dir), "--device", "cpu", "--vllm", vllm)
-    out = child.communicate(timeout=120)[0]
-    assert child.returncode == 1 and "missing: tokenizer.json" in out and "starting [" not in out
+def test_a_bad_export_is_not_even_started(export_dir, vllm, monkeypatch, capsys):
+    argv = ["launch", str(export_dir), "--device", "cpu", "--vllm", vllm]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    out = f"{said.out} {said.err} {ended.value.code}"
+    assert ended.value.code not in (0, None)
+    assert "missing: tokenizer.json" in out and "starting [" not in out

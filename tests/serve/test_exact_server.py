@@ -120,7 +120,7 @@ def test_trap39_a_clone_differs_from_plain_speech(exact, reference):
     assert not torch.equal(plain, cloned)
 
 
-def test_concurrent_greedy_requests_are_not_mixed_up(exact, talker, vocab):
+def test_trap35_concurrent_greedy_requests_are_not_mixed_up(exact, talker, vocab):
     texts = [f"Request number {i}." for i in range(16)]
     exact.dumps.new()
 
