@@ -7,8 +7,9 @@
     python -m serve.client --manifest texts.jsonl --out wavs/ --concurrency 8
 
 The two servers take the same request in two dialects. vLLM-Omni reads temperature, top_p and top_k
-only inside `extra_params` and ignores them at top level without a word; SGLang-Omni has them at
-top level. vLLM-Omni streams server-sent events unless `stream_format` says "audio".
+only inside `extra_params` and ignores them at top level without a word, and takes the voice to
+clone as `ref_audio`; SGLang-Omni has the former at top level and documents `references`. vLLM-Omni
+streams server-sent events unless `stream_format` says "audio".
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import json
 import mimetypes
 import secrets
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import wave
@@ -32,6 +32,9 @@ import numpy as np
 from higgs_lab.audio import AudioSource
 from higgs_lab.tags import check_text
 from higgs_lab.text import join_waves, split_text
+from serve.transport import ServerError, read_all, read_some
+from serve.transport import build_request as _request
+from serve.transport import open_request as _open
 
 DIALECTS = ("vllm", "sglang")
 # vLLM-Omni's serving_speech.py and SGLang-Omni's higgs_tts/stages.py.
@@ -44,18 +47,12 @@ SAMPLING = ("temperature", "top_p", "top_k")
 PASSED_ON = ("seed", "max_new_tokens", "speed", "initial_codec_chunk_frames")
 URL_SCHEMES = ("http", "https", "data", "file")
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+MAX_RETRY_AFTER_SEC = 120.0
+FADE_BYTES = 2 * round(0.02 * 24000)  # of PCM: join_waves' 20 ms
 
 
 # A path, the bytes of an audio file, a URL, or anything that opens like a Path.
 Reference = str | bytes | AudioSource
-
-
-class ServerError(RuntimeError):
-    """The server refused or failed; `status` is the HTTP status, None when none came."""
-
-    def __init__(self, message: str, status: int | None = None):
-        super().__init__(message)
-        self.status = status
 
 
 def speak(
@@ -81,6 +78,9 @@ def speak(
         of 20 ms, since one request ends after 81 s whatever the text. Only for wav and pcm, other
         containers cannot be joined. Without a reference every piece draws its own voice, so give
         one (or a `voice`) for long texts.
+    timeout_sec: longest silence of the server, which sends nothing before a piece is whole.
+    retries: further tries after overload, a server error or a lost connection, waiting 1, 2, 4 ...
+        30 s (times 0.5 to 1.5), or as long as a Retry-After says.
     options: temperature, top_p, top_k, seed, max_new_tokens (rows, 25 a second), voice (an uploaded
         one), model, speed, initial_codec_chunk_frames.
 
@@ -104,23 +104,54 @@ def stream(
     ref_audio: Reference | None = None,
     ref_text: str | None = None,
     *,
+    split: bool = True,
     dialect: str = "vllm",
     api_key: str | None = None,
     timeout_sec: float = 600.0,
     **options,
 ) -> Iterator[bytes]:
-    """Raw PCM (16 bit, mono, 24 kHz) of one request, in pieces as the server makes them.
+    """Raw PCM (16 bit, mono, 24 kHz), in pieces as the server makes them.
 
+    Long texts are split and joined as in `speak`: the last 20 ms of each part wait for the next.
     Not retried: what was heard cannot be taken back. Raises as `speak` does.
     """
     reference = load_reference(ref_audio, dialect) if ref_audio is not None else None
-    body = request_body(
-        text, reference, ref_text, response_format="pcm", dialect=dialect, stream=True, **options
-    )
-    request = _request(url, "/v1/audio/speech", api_key, json_body=body)
+    bodies = [
+        request_body(
+            part,
+            reference,
+            ref_text,
+            response_format="pcm",
+            dialect=dialect,
+            stream=True,
+            **options,
+        )
+        for part in ((split_text(text) or [text]) if split else [text])
+    ]
+    held = b""  # the end of the part before, to be faded into the next
+    for number, body in enumerate(bodies):
+        fade_in, held = held, b""
+        keep = FADE_BYTES if number + 1 < len(bodies) else 0
+        for chunk in _stream_pcm(url, body, api_key, timeout_sec):
+            held += chunk
+            if fade_in:
+                if len(held) < len(fade_in):
+                    continue
+                size = len(fade_in)
+                held, fade_in = _fade(fade_in, held[:size]) + held[size:], b""
+            if len(held) > keep:
+                yield held[: len(held) - keep]
+                held = held[len(held) - keep :]
+        held = fade_in + held if fade_in else held  # a part shorter than the fade: one after other
+    if held:
+        yield held
+
+
+def _stream_pcm(url: str, body: dict, api_key: str | None, timeout_sec: float) -> Iterator[bytes]:
+    """PCM of one request, whole samples only."""
     odd = b""  # a sample may be cut in two between pieces
-    with _open(request, timeout_sec) as response:
-        while chunk := response.read1(65536):
+    with _open(_request(url, "/v1/audio/speech", api_key, json_body=body), timeout_sec) as response:
+        while chunk := read_some(response):
             # vLLM-Omni can fail after it has answered 200; the body then holds JSON.
             if chunk.startswith((b'{"error"', b"data: {")):
                 raise ServerError(f"the server failed while streaming: {chunk[:500].decode()}")
@@ -128,6 +159,13 @@ def stream(
             odd = chunk[len(chunk) // 2 * 2 :]
             if usable := chunk[: len(chunk) // 2 * 2]:
                 yield usable
+
+
+def _fade(tail: bytes, head: bytes) -> bytes:
+    """Equal lengths of PCM, the first going down while the second comes up; as `join_waves`."""
+    rise = (np.arange(len(tail) // 2, dtype=np.float32) + 0.5) / (len(tail) // 2)
+    down, up = (np.frombuffer(x, "<i2").astype(np.float32) / 32768 for x in (tail, head))
+    return _to_pcm(down * rise[::-1] + up * rise)
 
 
 def request_body(
@@ -171,10 +209,14 @@ def request_body(
     if voice is not None:
         body["voice"] = voice
     if reference is not None:
-        body["ref_audio"] = reference
         if ref_text is not None:
             check_text(ref_text, where="ref_text")
-            body["ref_text"] = ref_text
+        if dialect == "sglang":
+            spoken = {} if ref_text is None else {"text": ref_text}
+            body["references"] = [{"audio_path": reference} | spoken]
+        else:
+            spoken = {} if ref_text is None else {"ref_text": ref_text}
+            body |= {"ref_audio": reference} | spoken
     if stream:
         if response_format not in ("pcm", "wav"):
             raise ValueError("streaming knows pcm and wav only")
@@ -276,7 +318,7 @@ def _post(url: str, body: dict, api_key: str | None, timeout_sec: float, retries
         try:
             request = _request(url, "/v1/audio/speech", api_key, json_body=body)
             with _open(request, timeout_sec) as response:
-                data = response.read()
+                data = read_all(response)
             if data.startswith(b'{"error"'):
                 raise ServerError(f"the server answered 200 with an error: {data[:500].decode()}")
             return data
@@ -284,37 +326,9 @@ def _post(url: str, body: dict, api_key: str | None, timeout_sec: float, retries
             again = error.status is None or error.status in RETRIED_STATUS
             if not again or attempt == retries:
                 raise
-            time.sleep(min(2.0**attempt, 30.0) * (0.5 + secrets.randbelow(1000) / 1000))
+            wait = min(2.0**attempt, 30.0) * (0.5 + secrets.randbelow(1000) / 1000)
+            time.sleep(max(wait, min(error.retry_after_sec or 0.0, MAX_RETRY_AFTER_SEC)))
     raise AssertionError("unreachable")
-
-
-def _request(
-    url: str, path: str, api_key: str | None, json_body: dict | None = None
-) -> urllib.request.Request:
-    request = urllib.request.Request(url.rstrip("/") + path)
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    if json_body is not None:
-        request.data = json.dumps(json_body).encode()
-        request.add_header("Content-Type", "application/json")
-    return request
-
-
-def _open(request: urllib.request.Request, timeout_sec: float):
-    """Open, turning every failure into a ServerError with the server's own words."""
-    try:
-        return urllib.request.urlopen(request, timeout=timeout_sec)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        try:
-            detail = json.loads(text)
-            message = (detail.get("error") or {}).get("message") or detail.get("detail") or text
-        except (ValueError, AttributeError):
-            message = text
-        raise ServerError(f"{error.code}: {message}"[:1000], error.code) from None
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise ServerError(f"no answer from {request.full_url}: {reason}") from error
 
 
 def _seconds(data: bytes) -> float | None:
@@ -340,9 +354,12 @@ def _join(sounds: list[bytes], response_format: str) -> bytes:
             with wave.open(io.BytesIO(sound)) as file:
                 rate, sound = file.getframerate(), file.readframes(file.getnframes())
         waves.append(np.frombuffer(sound, dtype="<i2").astype(np.float32) / 32768)
-    joined = join_waves(waves, rate)
-    pcm = np.clip(np.round(joined * 32768), -32768, 32767).astype("<i2").tobytes()
+    pcm = _to_pcm(join_waves(waves, rate))
     return pcm if response_format == "pcm" else pcm_to_wav(pcm, rate)
+
+
+def _to_pcm(wave: np.ndarray) -> bytes:
+    return np.clip(np.round(wave * 32768), -32768, 32767).astype("<i2").tobytes()
 
 
 def pcm_to_wav(pcm: bytes, sample_rate_hz: int = 24000) -> bytes:

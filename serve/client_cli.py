@@ -1,9 +1,13 @@
 """`python -m serve.client`: speak one text, or a whole manifest, through a running server.
 
     python -m serve.client "Hello there." --out hello.wav --ref-audio voice.wav --ref-text "..."
+    python -m serve.client "Heard while it is made." --play
     python -m serve.client --manifest texts.jsonl --out wavs/ --concurrency 8
     python -m serve.client --voices
     python -m serve.client --add-voice ann --ref-audio ann.wav --consent "signed 2026-01-05"
+
+The format is that of --out's suffix. --play and --stream ask for sound as it is made; a wav file is
+then written as it comes, "--out -" is raw PCM (16 bit, mono, 24 kHz) on the standard output.
 
 A manifest's rows may bring their own ref_audio and ref_text. Clips that are there already are not
 asked for again, so a killed batch goes on where it stopped; failures stand in failures.jsonl.
@@ -15,12 +19,13 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from higgs_lab.manifest import Utterance, file_stem, read_manifest, write_manifest
 from higgs_lab.runlog import Progress, RunLog, atomic_path
-from serve import client
+from serve import client, player
 
 
 def speak_manifest(
@@ -77,9 +82,15 @@ def _spoken(row: Utterance, audio: Path) -> Utterance:
 
 def _options(args: argparse.Namespace) -> dict:
     names = ("dialect", "response_format", "model", "voice", "ref_audio", "ref_text")
-    names += (*client.SAMPLING, "seed", "max_new_tokens")
+    names += (*client.SAMPLING, "seed", "max_new_tokens", "speed", "timeout_sec", "retries")
     given = {name: getattr(args, name) for name in names}
     return {k: v for k, v in given.items() if v is not None} | {"api_key": args.api_key}
+
+
+def _format_of(out: str | None, dialect: str) -> str | None:
+    """The response format that a file name asks for."""
+    suffix = Path(out or "").suffix.lower().lstrip(".")
+    return suffix if suffix in client.FORMATS[dialect] else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,8 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ref-text", help="what the reference says, verbatim")
     parser.add_argument("--voice", help="an uploaded voice")
     parser.add_argument("--model", help="model name, if the server has several")
-    parser.add_argument("--format", dest="response_format", help="wav, pcm, flac, mp3, opus")
-    parser.add_argument("--stream", action="store_true", help="write raw PCM as it comes; --out -")
+    parser.add_argument(
+        "--format", dest="response_format", help="wav, pcm, flac, mp3, opus (aac with sglang)"
+    )
+    parser.add_argument("--stream", action="store_true", help="write the sound as it is made")
+    parser.add_argument("--play", action="store_true", help="play the sound as it is made")
+    parser.add_argument("--player", help="what plays a wav file from its standard input")
+    parser.add_argument("--speed", type=float, help="0.25 to 4; not while streaming")
+    parser.add_argument("--no-split", action="store_true", help="a long text in one request (81 s)")
+    parser.add_argument("--timeout", dest="timeout_sec", type=float, help="seconds of silence")
+    parser.add_argument("--retries", type=int, help="after overload or a lost connection; 3")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
@@ -114,21 +133,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _one_text(args: argparse.Namespace, options: dict) -> None:
-    if not args.stream:
+    options["split"] = not args.no_split
+    if not args.stream and not args.play:
+        options.setdefault("response_format", _format_of(args.out, args.dialect) or "wav")
         data = client.speak(args.url, args.text, **options)
         with atomic_path(args.out) as temporary:
             temporary.write_bytes(data)
         return
+    if options.pop("response_format", "pcm") not in ("pcm", "wav"):
+        raise ValueError("sound comes as it is made in pcm and wav only")
+    for name in ("retries", "speed"):
+        if options.pop(name, None) is not None:
+            raise ValueError(f"--{name} does not go with --stream or --play")
     pieces = client.stream(args.url, args.text, **options)
-    if args.out == "-":
+    if args.play:
+        player.play(pieces if args.out is None else _also_saved(pieces, args.out), args.player)
+    elif args.out == "-":
         for piece in pieces:
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
-        return
-    with atomic_path(args.out) as temporary:
-        raw = b"".join(pieces)
-        is_wav = args.out.endswith(".wav")
-        temporary.write_bytes(client.pcm_to_wav(raw) if is_wav else raw)
+    else:
+        player.save(pieces, args.out)
+
+
+def _also_saved(pieces: Iterator[bytes], out: str) -> Iterator[bytes]:
+    """Hand the pieces on; what was heard to the end is in the file too."""
+    heard = []
+    for piece in pieces:
+        heard.append(piece)
+        yield piece
+    player.save(heard, out)
 
 
 def main() -> None:
@@ -147,9 +181,14 @@ def main() -> None:
             client.add_voice(
                 args.url, args.add_voice, args.ref_audio, args.consent, args.ref_text, args.api_key
             )
-        elif not args.out or (args.text is None) == (args.manifest is None):
-            parser.error("give one text or --manifest, and --out")
+        elif (args.text is None) == (args.manifest is None):
+            parser.error("give one text, or --manifest")
+        elif not args.out and (args.manifest or not args.play):
+            parser.error("give --out (or --play with one text)")
         elif args.manifest:
+            if args.stream or args.play:
+                parser.error("--stream and --play take one text, not a manifest")
+            options["split"] = not args.no_split
             rows = read_manifest(args.manifest)
             failed = speak_manifest(args.url, rows, args.out, args.concurrency, **options)
             if failed:

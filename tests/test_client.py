@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
+import time
 import wave
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import soundfile
 
 from higgs_lab.manifest import Utterance
-from serve import client
+from serve import client, player
 from serve.client import ServerError, load_reference, pcm_to_wav, request_body, speak, stream
 from serve.client_cli import speak_manifest
 
@@ -22,10 +25,11 @@ ONE_SECOND = pcm_to_wav(np.full(24000, 100, "<i2").tobytes())
 
 
 class FakeServer:
-    """Answers from a list of (status, body); the last one is repeated. Keeps what it was asked."""
+    """Answers from a list of (status, body[, headers]); the last one is repeated. Keeps what it was
+    asked."""
 
     def __init__(self):
-        self.answers: list[tuple[int, bytes]] = [(200, ONE_SECOND)]
+        self.answers: list[tuple] = [(200, ONE_SECOND)]
         self.asked: list[tuple[str, dict, bytes]] = []  # path, headers, body
         outer, lock = self, threading.Lock()
 
@@ -35,9 +39,11 @@ class FakeServer:
                 with lock:
                     outer.asked.append((self.path, dict(self.headers), body))
                     many = len(outer.answers) > 1
-                    status, data = outer.answers.pop(0) if many else outer.answers[0]
+                    status, data, *more = outer.answers.pop(0) if many else outer.answers[0]
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
+                headers = {"Content-Length": str(len(data))} | (more[0] if more else {})
+                for item in headers.items():
+                    self.send_header(*item)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -83,6 +89,15 @@ def test_trap25_sampling_goes_where_each_engine_reads_it():
     assert (sglang["temperature"], sglang["top_k"], sglang["top_p"]) == (0.8, 50, 0.9)
     for body in (vllm, sglang):
         assert (body["seed"], body["max_new_tokens"]) == (7, 100)
+
+
+def test_the_voice_to_clone_is_named_as_each_engine_documents_it():
+    assert request_body("Hi.", "data:x", "Ref.")["ref_text"] == "Ref."
+    sglang = request_body("Hi.", "data:x", "Ref.", dialect="sglang")
+    assert sglang["references"] == [{"audio_path": "data:x", "text": "Ref."}]
+    assert not {"ref_audio", "ref_text"} & set(sglang)
+    bare = request_body("Hi.", "data:x", dialect="sglang")
+    assert bare["references"] == [{"audio_path": "data:x"}]
 
 
 def test_zero_is_a_value_and_none_is_not():
@@ -164,8 +179,6 @@ def test_reference_reaches_the_server_byte_for_byte(server, tmp_path):
     path = tmp_path / "ref.flac"
     import base64
 
-    import soundfile
-
     soundfile.write(path, np.linspace(-0.5, 0.5, 36000), 24000)
     speak(server.url, "Hi.", ref_audio=path, ref_text="What it says.")
     kind, _, data = server.json()["ref_audio"].partition(",")
@@ -188,6 +201,38 @@ def test_gives_up_after_the_retries_and_says_what_the_server_said(server, no_wai
     with pytest.raises(ServerError, match="EngineCore died"):
         speak(server.url, "Hi.", retries=2)
     assert len(server.asked) == 3
+
+
+def test_waits_as_long_as_the_server_asks(server, monkeypatch):
+    waited = []
+    monkeypatch.setattr(client.time, "sleep", waited.append)
+    server.answers = [
+        (429, b"slowly", {"Retry-After": "7"}),
+        (503, b"", {"Retry-After": "86400"}),
+        (500, b"oops"),
+        (200, ONE_SECOND),
+    ]
+    speak(server.url, "Hi.")
+    assert waited[0] == 7.0 and waited[1] == client.MAX_RETRY_AFTER_SEC
+    assert 2.0 <= waited[2] <= 6.0  # the third back-off: 4 s, spread
+
+
+def test_an_answer_that_is_cut_is_asked_for_again(server, no_wait):
+    cut = {"Content-Length": str(len(ONE_SECOND) + 9), "Connection": "close"}
+    server.answers = [(200, ONE_SECOND, cut), (200, ONE_SECOND)]
+    assert speak(server.url, "Hi.") == ONE_SECOND and len(server.asked) == 2
+    server.answers = [(200, ONE_SECOND, cut)]
+    with pytest.raises(ServerError, match="in the middle"):
+        speak(server.url, "Hi.", retries=0)
+
+
+def test_a_silent_server_is_given_up_after_the_timeout(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(ServerError, match="timed out"):
+            speak(url, "Hi.", timeout_sec=0.3, retries=0)
+        assert time.monotonic() - begin < 5
 
 
 def test_no_server_is_a_server_error_without_status(no_wait):
@@ -237,6 +282,78 @@ def test_stream_asks_for_raw_pcm_and_never_cuts_a_sample(server):
         "audio",
         "pcm",
     )
+
+
+LONG = " ".join(f"This is the sentence with the number {i} in it." for i in range(20))
+
+
+def noise(number: int, samples: int = 5000) -> bytes:
+    rng = np.random.default_rng(number)
+    return rng.integers(-20000, 20000, samples).astype("<i2").tobytes()
+
+
+@pytest.mark.parametrize("samples", [5000, 961, 960])
+def test_long_text_streams_as_it_is_spoken_whole(server, samples):
+    answers = [(200, noise(i, samples)) for i in range(8)]
+    server.answers = list(answers)
+    whole = speak(server.url, LONG, response_format="pcm")
+    parts = len(server.asked)
+    assert 1 < parts < 8
+    server.answers = list(answers)
+    assert b"".join(stream(server.url, LONG)) == whole
+    server.answers = list(answers)
+    assert b"".join(stream(server.url, LONG, split=False)) == answers[0][1]
+    assert server.json()["input"] == LONG
+
+
+def test_streams_are_saved_and_played_as_they_come(server, tmp_path):
+    server.answers = [(200, noise(1))]
+    player.save(stream(server.url, "Hi."), tmp_path / "a.wav")
+    with wave.open(str(tmp_path / "a.wav")) as file:
+        assert (file.getframerate(), file.getnframes()) == (24000, 5000)
+        assert file.readframes(5000) == noise(1)
+    player.save(stream(server.url, "Hi."), tmp_path / "a.pcm")
+    assert (tmp_path / "a.pcm").read_bytes() == noise(1)
+    heard = tmp_path / "heard"
+    player.play(stream(server.url, "Hi."), f"dd status=none of={heard}")
+    assert heard.read_bytes() == player.wav_header() + noise(1)
+    assert soundfile.info(heard).samplerate == 24000  # the header of a stream is understood
+    with pytest.raises(OSError, match="exit code 3"):
+        player.play(stream(server.url, "Hi."), "sh -c 'exit 3'")
+
+
+def test_a_stream_that_breaks_leaves_no_file(server, tmp_path):
+    server.answers = [(200, b'{"error":{"message":"late"}}')]
+    with pytest.raises(ServerError, match="late"):
+        player.save(stream(server.url, "Hi."), tmp_path / "a.wav")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_player_is_found_or_named(monkeypatch):
+    monkeypatch.setattr(player.shutil, "which", lambda name: "/x" if name == "aplay" else None)
+    assert player.find_player() == "aplay -q"
+    monkeypatch.setattr(player.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="--player"):
+        player.find_player()
+
+
+def run_client(server, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "serve.client", *words, "--url", server.url]
+    return subprocess.run(command, capture_output=True, timeout=120)
+
+
+def test_command_line_takes_the_format_from_the_name_and_plays(server, tmp_path):
+    assert run_client(server, "Hi.", "--out", str(tmp_path / "a.flac")).returncode == 0
+    assert server.json()["response_format"] == "flac"
+    heard = tmp_path / "heard"
+    out = tmp_path / "a.wav"
+    server.answers = [(200, noise(1))]
+    words = ["Hi.", "--play", "--player", f"dd status=none of={heard}", "--out", str(out)]
+    assert run_client(server, *words).returncode == 0
+    assert heard.read_bytes().endswith(noise(1)) and out.stat().st_size == 44 + len(noise(1))
+    assert run_client(server, "Hi.", "--stream", "--out", "-").stdout == noise(1)
+    refused = run_client(server, "Hi.", "--stream", "--out", "-", "--format", "mp3")
+    assert refused.returncode != 0 and b"pcm and wav only" in refused.stderr
 
 
 def rows_of(number: int) -> list[Utterance]:

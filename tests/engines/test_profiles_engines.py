@@ -82,6 +82,22 @@ def test_trap25_what_the_client_sends_is_what_the_request_class_reads(vllm):
     assert not unread
 
 
+def test_trap25_sglangs_request_class_reads_its_own_dialect(sglang):
+    from serve.client import request_body
+
+    protocol = sglang["sglang_omni.serve.protocol"]
+    body = request_body(
+        "Hi.", "data:audio/wav;base64,AA", "Ref.", dialect="sglang", temperature=0.5, top_p=0.9,
+        top_k=30, seed=3, stream=True, response_format="pcm", max_new_tokens=9,
+    )  # fmt: skip
+    request = protocol.CreateSpeechRequest(**body)
+    assert (request.temperature, request.top_p, request.top_k, request.seed) == (0.5, 0.9, 30, 3)
+    (reference,) = request.references
+    assert (reference.audio_path, reference.text) == ("data:audio/wav;base64,AA", "Ref.")
+    assert request.stream and request.stream_format == "audio" and request.max_new_tokens == 9
+    assert not set(body) - set(protocol.CreateSpeechRequest.model_fields)
+
+
 def test_trap38_several_references_are_refused(vllm):
     from serve.client import request_body
 
