@@ -31,10 +31,9 @@ class GreedyDecoder:
     """Decodes mel windows by an openai-whisper model, whose modules it uses.
 
     dtype: of encoder, decoder and caches; see `in_precision`. Layer norms and sums stay in fp32.
-    suppress: further tokens that may not be written, for measurements.
     """
 
-    def __init__(self, model, dtype: torch.dtype = torch.float32, suppress: Sequence[int] = ()):
+    def __init__(self, model, dtype: torch.dtype = torch.float32):
         from whisper.decoding import DecodingOptions, DecodingTask
 
         self.dims, self.dtype, self.device = model.dims, dtype, model.device
@@ -46,7 +45,7 @@ class GreedyDecoder:
         self._no_speech, self.text = tokenizer.no_speech, tokenizer.decode
         self._prompts: dict[str, list[int]] = {}
         always = torch.zeros(model.dims.n_vocab)
-        always[[*task._get_suppress_tokens(), *suppress]] = -torch.inf
+        always[list(task._get_suppress_tokens())] = -torch.inf
         first = always.clone()  # a clip may not begin with its end or with a blank
         first[[*tokenizer.encode(" "), tokenizer.eot]] = -torch.inf
         self._always, self._first = always.to(self.device), first.to(self.device)

@@ -13,11 +13,15 @@ import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eval.asr import SAMPLE_RATE_HZ, Recognizer, Transcript, compression_ratio
 from eval.languages import ALIASES, language
+
+if TYPE_CHECKING:
+    from eval.asr_greedy import Decoded
 
 WINDOW_SEC = 30
 MAX_BATCH = 128
@@ -26,22 +30,23 @@ MAX_BATCH = 128
 class WhisperRecognizer(Recognizer):
     """openai-whisper with fixed, repeatable settings.
 
-    fp16: weights and arithmetic in half precision. batch: clips decoded at once; 1 is
+    precision: fp32, fp16 or bf16, of weights and arithmetic. batch: clips decoded at once; 1 is
     openai-whisper's own loop; None is as many as memory allows.
     """
 
-    def __init__(self, model, name: str, fp16: bool = False, batch: int | None = None):
+    def __init__(self, model, name: str, precision: str = "fp32", batch: int | None = None):
         import torch
         from whisper.tokenizer import LANGUAGES
 
         from eval.asr_greedy import GreedyDecoder, in_precision, most_clips
 
-        self.name, self.fp16 = name, fp16
+        self.name, self._fp16 = name, precision == "fp16"
         if model.is_multilingual:
             self._languages = set(list(LANGUAGES)[: model.num_languages])
         else:
             self._languages = {"en"}
-        dtype = torch.float16 if fp16 else torch.float32
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        dtype = dtypes[precision]
         self.model = in_precision(model, dtype)
         self.batch = batch or min(MAX_BATCH, most_clips(model, dtype))
         self._decoder = GreedyDecoder(model, dtype)
@@ -72,7 +77,7 @@ class WhisperRecognizer(Recognizer):
                 logprob_threshold=None,
                 no_speech_threshold=None,
                 without_timestamps=_one_window(wav),
-                fp16=self.fp16,
+                fp16=self._fp16,
                 verbose=None,
             )
             guess = self._decoder.guess_language(self._mel(wav)[None])[0]
@@ -101,40 +106,43 @@ class WhisperRecognizer(Recognizer):
         found: list[Transcript | None] = [None] * len(wavs)
         heard = [i for i, lang in enumerate(langs) if self.hears(lang)]
         short = [i for i in heard if self.batch > 1 and _one_window(wavs[i])]
-        for begin in range(0, len(short), self.batch):
-            members = short[begin : begin + self.batch]
-            decoded = self._decode([wavs[i] for i in members], [langs[i] for i in members])
-            for i, transcript in zip(members, decoded, strict=True):
-                found[i] = transcript
+        decoded = self.decode_all([wavs[i] for i in short], [langs[i] for i in short])
+        for i, one in zip(short, decoded, strict=True):
+            # A timestamp, which was not asked for, makes openai-whisper's loop move on to there.
+            if all(token < self._decoder.timestamp_begin for token in one.tokens):
+                found[i] = self._transcript(one, langs[i])
         for i in heard:
             if found[i] is None:
                 found[i] = self.transcribe(wavs[i], langs[i])
         return found
 
-    def _decode(self, wavs: Sequence[np.ndarray], langs: Sequence[str]) -> list[Transcript | None]:
-        """One batch; None for a clip that openai-whisper's loop would go over again."""
-        with exact_fp32():
-            decoded = self._decoder.decode(
-                self.mels(wavs), [language(lang).whisper for lang in langs]
-            )
-        transcripts: list[Transcript | None] = []
-        for one, lang in zip(decoded, langs, strict=True):
-            # A timestamp, which was not asked for, makes the loop move on to there.
-            if any(token >= self._decoder.timestamp_begin for token in one.tokens):
-                transcripts.append(None)
-                continue
-            text = self._decoder.text(one.tokens)
-            transcripts.append(
-                Transcript(
-                    text=text.strip(),
-                    avg_logprob=one.sum_logprob / (len(one.tokens) + 1),
-                    no_speech_prob=one.no_speech_prob,
-                    compression_ratio=compression_ratio(text.strip()),
-                    cut=len(one.tokens) >= self.model.dims.n_text_ctx // 2,
-                    **self._guessed(one.language_probs, lang),
-                )
-            )
-        return transcripts
+    def decode_all(
+        self, wavs: Sequence[np.ndarray], langs: Sequence[str], max_tokens: int | None = None
+    ) -> list[Decoded]:
+        """What openai-whisper's `decode` writes for clips of one window, in batches."""
+        decoded: list[Decoded] = []
+        with exact_fp32(), ThreadPoolExecutor(1) as ahead:
+            begins = range(0, len(wavs), self.batch)
+            coming = [ahead.submit(self.mels, wavs[b : b + self.batch]) for b in begins[:1]]
+            for begin in begins:
+                mels = coming.pop().result()
+                if begin + self.batch < len(wavs):  # while the device works on these
+                    after = wavs[begin + self.batch : begin + 2 * self.batch]
+                    coming.append(ahead.submit(self.mels, after))
+                codes = [language(lang).whisper for lang in langs[begin : begin + self.batch]]
+                decoded += self._decoder.decode(mels, codes, max_tokens)
+        return decoded
+
+    def _transcript(self, one: Decoded, lang: str) -> Transcript:
+        text = self._decoder.text(one.tokens).strip()
+        return Transcript(
+            text=text,
+            avg_logprob=one.sum_logprob / (len(one.tokens) + 1),
+            no_speech_prob=one.no_speech_prob,
+            compression_ratio=compression_ratio(text),
+            cut=len(one.tokens) >= self.model.dims.n_text_ctx // 2,
+            **self._guessed(one.language_probs, lang),
+        )
 
     def mels(self, wavs: Sequence[np.ndarray]):
         """Log-mel spectrograms [B, n_mels, 3000] of clips of one window, as the loop pads them.
@@ -204,7 +212,7 @@ def load_whisper(
             f"'model_state_dict'): {error}"
         ) from error
     model.eval()
-    return WhisperRecognizer(model, spec, fp16, batch)
+    return WhisperRecognizer(model, spec, "fp16" if fp16 else "fp32", batch)
 
 
 @contextlib.contextmanager
