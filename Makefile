@@ -6,6 +6,10 @@ PYTHON ?= python3
 OUT ?= demo
 DATA ?=
 PYTEST ?=
+MODEL ?= nano
+VALIDATION ?= validation
+RECORDINGS ?=
+OPTIONS ?=
 ENGINES := vllm-omni==0.30.0 sglang-omni==0.1.9
 
 BIN := .venv/bin
@@ -14,11 +18,11 @@ PY := $(BIN)/python
 SERVE_PY := .venv-serve/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines serve-env demo notebooks test test-serve lint clean
+.PHONY: help setup engines serve-env demo notebooks test test-serve validate lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
-	@echo "targets: setup engines serve-env demo notebooks test test-serve lint clean"
+	@echo "targets: setup engines serve-env demo notebooks test test-serve validate lint clean"
 
 setup: .venv/.ready
 engines: .engines/.ready
@@ -69,6 +73,11 @@ test-serve: setup engines serve-env
 # Executes the notebooks on the demo's output (OUT=folder), without changing them.
 notebooks: setup
 	HIGGS_LAB_DEMO=$(abspath $(OUT)) $(BIN)/jupyter execute notebooks/*.ipynb
+
+# For those who have the weights: MODEL=bosonai/higgs-tts-3-4b, RECORDINGS=a manifest of one voice.
+validate: setup
+	$(PY) -m serve.validate --model $(MODEL) --out $(VALIDATION) \
+	  $(if $(RECORDINGS),--recordings $(RECORDINGS)) $(OPTIONS)
 
 lint: setup
 	$(BIN)/ruff check .

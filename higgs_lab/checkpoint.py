@@ -198,6 +198,15 @@ class NativeFiles:
             part = tensors.get_slice(key)
             return part[:1] if len(part.get_shape()) > 1 else tensors.get_tensor(key)
 
+    def same(self, a: str, b: str, rows: int = 8192) -> bool:
+        """Whether two tensors are equal bit for bit, read in pieces."""
+        with self._open(self.shard[a]) as left, self._open(self.shard[b]) as right:
+            one, two = left.get_slice(a), right.get_slice(b)
+            if one.get_shape() != two.get_shape() or one.get_dtype() != two.get_dtype():
+                return False
+            pieces = range(0, one.get_shape()[0], rows)
+            return all(torch.equal(one[i : i + rows], two[i : i + rows]) for i in pieces)
+
     def specs(self, file: str) -> dict[str, tuple[str, list[int]]]:
         """key -> (safetensors dtype name, shape) of one file, in the order of its bytes."""
         with self._open(file) as tensors:

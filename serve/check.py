@@ -256,20 +256,10 @@ def _tied_copies(files: NativeFiles) -> Iterator[Finding]:
     stale = [
         twin
         for twin, source in TIED_COPIES.items()
-        if twin in files.shard and source in files.shard and not _equal(files, twin, source)
+        if twin in files.shard and source in files.shard and not files.same(twin, source)
     ]
     # Both engines read the embeddings; loaders of other projects read the copies.
     yield _verdict("tied copies fresh", _some(stale))
-
-
-def _equal(files: NativeFiles, a: str, b: str, rows: int = 8192) -> bool:
-    """Whether two tensors are equal bit for bit, read in pieces."""
-    with files._open(files.shard[a]) as left, files._open(files.shard[b]) as right:
-        one, two = left.get_slice(a), right.get_slice(b)
-        if one.get_shape() != two.get_shape() or one.get_dtype() != two.get_dtype():
-            return False
-        pieces = range(0, one.get_shape()[0], rows)
-        return all(torch.equal(one[i : i + rows], two[i : i + rows]) for i in pieces)
 
 
 def _audio_tokenizer(path: Path) -> Iterator[Finding]:

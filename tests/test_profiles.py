@@ -3,6 +3,7 @@ in tests/engines/test_profiles_engines.py.)"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 PROFILES = Path(__file__).parents[1] / "serve" / "profiles"
 NAMES = ("throughput", "low_latency", "small_gpu", "two_gpu", "cpu_smoke")
+SOURCE = re.compile(r"\[(engine|arithmetic|card|server|choice)\b[^\]]*\]")
 STRUCTURE = {"base_config", "stages", "stage_id", "default_sampling_params", "compilation_config"}
 
 
@@ -25,17 +27,25 @@ def test_profile_is_an_overlay_on_a_file_beside_it(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_key_is_under_a_comment(name):
-    """Between a key and the last comment above it stands no empty line."""
-    explained = True
+def test_every_key_stands_under_its_reason_and_the_source_of_it(name):
+    above = ""
     for line in (PROFILES / f"{name}.yaml").read_text().splitlines():
         word = line.strip().removeprefix("- ")
-        if not word:
-            explained = False
-        elif word.startswith("#"):
-            explained = True
-        elif word.partition(":")[0] not in STRUCTURE:
-            assert explained, f"{name}.yaml: {word}"
+        if word.startswith("#"):
+            above += word
+            continue
+        if word and word.partition(":")[0] not in STRUCTURE:
+            assert SOURCE.search(above), f"{name}.yaml: {word}"
+        above = ""
+
+
+def test_every_key_of_the_base_is_under_a_comment():
+    """Its values have one source, the engine's file."""
+    explained = True
+    for line in (PROFILES / "base" / "vllm_omni_0.30.yaml").read_text().splitlines():
+        explained = bool(line.strip()) and (explained or "#" in line)
+        named = line.partition(":")[0].strip().removeprefix("- ") in STRUCTURE
+        assert explained or named or not line.strip(), line
 
 
 @pytest.mark.parametrize("name", NAMES)
