@@ -55,26 +55,47 @@ def _varlen_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    from torch.nn.attention.varlen import varlen_attn
-
     # fp32 norm weights under autocast raise query and key; the kernel takes one dtype
     query, key = query.to(value.dtype), key.to(value.dtype)
-    groups = module.num_key_value_groups
-    if groups > 1:  # the grouped call is newer than torch 2.11
-        key = key.repeat_interleave(groups, dim=1)
-        value = value.repeat_interleave(groups, dim=1)
-    out = varlen_attn(
+    out = varlen_attention(
         query[0].transpose(0, 1),  # [L, H, d]
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         cu_seqlens,
-        cu_seqlens,
         max_seqlen,
-        max_seqlen,
-        scale=scaling,
-        **_causal_kwargs(varlen_attn),
+        scaling,
     )
     return out[None], None
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    """Flash attention over packed documents: q [L, H, d], k and v [L, H_kv, d] -> [L, H, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # the grouped call is newer than torch 2.11
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    cu, longest = cu_seqlens, max_seqlen
+    extra = _causal_kwargs(varlen_attn)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **extra)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+    """The same where there is no varlen kernel too; bounds: the documents' ends, from 0 to L."""
+    if varlen_available(q.device, q.dtype):
+        cu = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        return varlen_attention(q, k, v, cu, longest)
+    parts = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        one = (t[None, start:end].transpose(1, 2) for t in (q, k, v))  # [1, H, n, d]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *one, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def _causal_kwargs(varlen_attn) -> dict:

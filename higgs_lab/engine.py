@@ -1,0 +1,213 @@
+"""The talker as plain functions over fused weights: what `generate` runs instead of the modules.
+
+One matrix for q, k and v and one for gate and up halve the kernels of a step; a key-value cache of
+fixed shape lets a CUDA graph record it. The fused matrices take no memory of their own: the
+modules' weights become views of them, so training, saving and merging see what they always saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from higgs_lab.attention import packed_attention
+from higgs_lab.talker import Talker
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one block; D hidden, H heads, H_kv key-value heads of width d, F feed-forward."""
+
+    norm: Tensor  # [D], before attention
+    qkv: Tensor  # [(H + 2 H_kv) d, D]
+    q_norm: Tensor  # [d]
+    k_norm: Tensor  # [d]
+    out: Tensor  # [D, H d]
+    mlp_norm: Tensor  # [D]
+    gate_up: Tensor  # [2 F, D]
+    down: Tensor  # [D, F]
+
+
+class Engine:
+    """Fused weights of a talker and the two halves of a block.
+
+    It holds tensors, never the talker; `fits` says whether they are still the talker's.
+    """
+
+    def __init__(self, talker: Talker):
+        config, model = talker.config, talker.model
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.num_codebooks, self.codebook_size = talker.num_codebooks, talker.codebook_size
+        self.layers = [_fuse_layer(block) for block in model.layers]
+        self.norm = model.norm.weight.data
+        self.table, self.text_table = talker.codebooks.weight.data, model.embed_tokens.weight.data
+        self.inv_freq = model.rotary_emb.inv_freq
+        self.device, self.dtype = self.table.device, self.table.dtype
+        books = torch.arange(self.num_codebooks, device=self.device)
+        self.offsets = books * self.codebook_size
+        self.pointers = _pointers(talker)
+        self._compiled: dict[str, Callable] = {}
+
+    @staticmethod
+    def supports(talker: nn.Module) -> bool:
+        """False for what the functions below are not: adapters, quantised or split weights."""
+        if type(talker) is not Talker or torch.is_autocast_enabled(talker.device.type):
+            return False
+        config = talker.config
+        weights = {type(p) for p in talker.parameters()} | {
+            type(p.data) for p in talker.parameters()
+        }
+        return (
+            all(type(m) is nn.Linear for m in talker.modules() if hasattr(m, "in_features"))
+            and weights <= {nn.Parameter, Tensor}
+            and len({p.dtype for p in talker.parameters()}) == 1
+            and talker.dtype.is_floating_point
+            and not config.attention_bias
+            and config.hidden_act == "silu"
+            and set(config.layer_types) == {"full_attention"}
+            and config.rope_parameters["rope_type"] == "default"
+        )
+
+    def fits(self, talker: Talker) -> bool:
+        """Whether the talker's weights still lie where they were fused, changed or not."""
+        return self.pointers == _pointers(talker)
+
+    def embed(self, ids: Tensor, is_audio: Tensor, rows: Tensor) -> Tensor:
+        """[N, D], as `Talker.embed`."""
+        return torch.where(
+            is_audio[..., None], self.embed_rows(rows), F.embedding(ids, self.text_table)
+        )
+
+    def embed_rows(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows + self.offsets, self.table).sum(dim=-2)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Last block's output [N, D] -> fp32 logits [N, K, V]."""
+        hidden = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+        flat = F.linear(hidden, self.table).float()
+        return flat.unflatten(-1, (self.num_codebooks, self.codebook_size))
+
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [length, d], computed in fp32 and rounded once, as transformers does."""
+        at = torch.arange(length, device=self.device).float()
+        angles = at[:, None] * self.inv_freq.to(self.device, torch.float32)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def project(self, x: Tensor, layer: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """x [N, D], cos and sin [N, d] -> q [N, H, d], k and v [N, H_kv, d], rotated."""
+        h = F.rms_norm(x, x.shape[-1:], layer.norm, self.eps)
+        heads = self.heads + 2 * self.kv_heads
+        qkv = F.linear(h, layer.qkv).unflatten(-1, (heads, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q = F.rms_norm(q, (self.head_dim,), layer.q_norm, self.eps)
+        k = F.rms_norm(k, (self.head_dim,), layer.k_norm, self.eps)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def cached_project(
+        self, x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+        slots: Tensor, position: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """`project`, with k and v written into the caches [slots, H_kv, C, d]; returns q."""
+        q, k, v = self.project(x, layer, cos, sin)
+        keys[slots, :, position] = k
+        values[slots, :, position] = v
+        return q
+
+    def finish(self, x: Tensor, attended: Tensor, layer: Layer) -> Tensor:
+        """The rest of a block: x [N, D] before it, attended [N, H d]."""
+        x = x + F.linear(attended, layer.out)
+        h = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.eps)
+        gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, layer.down)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+        """One query a slot over its cache: q [B, H, d], caches [B, H_kv, C, d] -> [B, H d].
+
+        hidden: what is added to the scores, [B, 1, 1, C], 0 or -inf. The heads that share a
+        key-value head are laid as queries of that head, so no key is repeated.
+        """
+        B = len(q)
+        grouped = q.reshape(B, self.kv_heads, -1, self.head_dim)
+        if hidden is not None:
+            hidden = hidden.expand(B, self.kv_heads, grouped.shape[2], -1)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=hidden)
+        return out.reshape(B, -1)
+
+    def prefill(
+        self, x: Tensor, position: Tensor, slot: Tensor, bounds: list[int],
+        cache: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """Fill the caches from packed documents: x [N, D], position and slot [N] of each row.
+
+        bounds: where the documents begin and end, 0 to N. What follows the last block's keys and
+        values is left out, for nobody reads it.
+        """
+        cos, sin = rope[0][position, None], rope[1][position, None]
+        for i, (layer, (keys, values)) in enumerate(zip(self.layers, cache, strict=True)):
+            q, k, v = self.project(x, layer, cos, sin)
+            keys[slot, :, position] = k
+            values[slot, :, position] = v
+            if i + 1 < len(self.layers):
+                attended = packed_attention(q, k, v, bounds)
+                x = self.finish(x, attended.flatten(1), layer)
+
+    def compiled(self, function: Callable, batch: int) -> Callable:
+        """A function compiled for one request, or for any number of them.
+
+        The weights are arguments, so one compilation serves all blocks. For one request a matrix
+        product is a reduction over the weights, which Inductor writes better than cuBLAS does
+        (gpt-fast's trick); for more, the batch is symbolic, so that no size compiles again.
+        """
+        key = (function.__name__, batch == 1)
+        if key not in self._compiled:
+            options = {"coordinate_descent_tuning": True} if batch == 1 else None
+            if options and self.device.type != "cuda":
+                options = None
+            self._compiled[key] = torch.compile(function, fullgraph=True, options=options)
+        return self._compiled[key]
+
+    @staticmethod
+    def any_batch(batch: int, *tensors: Tensor) -> None:
+        """Tell the compiler that the first dimension varies."""
+        if batch > 1:
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [N, H, d]; cos and sin [N, 1, d]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin
+
+
+def _fuse_layer(block: nn.Module) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+    return Layer(
+        norm=block.input_layernorm.weight.data,
+        qkv=_fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
+        q_norm=attention.q_norm.weight.data,
+        k_norm=attention.k_norm.weight.data,
+        out=attention.o_proj.weight.data,
+        mlp_norm=block.post_attention_layernorm.weight.data,
+        gate_up=_fuse([mlp.gate_proj, mlp.up_proj]),
+        down=mlp.down_proj.weight.data,
+    )
+
+
+def _fuse(linears: list[nn.Linear]) -> Tensor:
+    """One matrix of all; the modules' weights become its rows."""
+    whole = torch.cat([linear.weight.data for linear in linears])
+    for linear, part in zip(linears, whole.split([len(m.weight) for m in linears]), strict=True):
+        linear.weight.data = part
+    return whole
+
+
+def _pointers(talker: Talker) -> list[int]:
+    return [p.data_ptr() for p in talker.parameters()]

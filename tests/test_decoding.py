@@ -1,0 +1,162 @@
+"""The engine behind `generate`: fused weights, slots refilled and moved, compiled steps."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from higgs_lab import decoding
+from higgs_lab import generate as generating
+from higgs_lab.adapter import attach_lora
+from higgs_lab.decoding import Decoder, requests_of
+from higgs_lab.engine import Engine
+from higgs_lab.generate import Sampling, generate, generate_each, generate_naive
+from higgs_lab.prompt import render_prompt
+from tests.tiny import random_codes, run_one, three_prompts, tiny_talker, tiny_vocab
+
+GREEDY = Sampling(temperature=0.0, max_frames=14)
+
+
+def same(a, b) -> bool:
+    return (
+        torch.equal(a.rows, b.rows)
+        and torch.equal(a.codes, b.codes)
+        and a.stop_reason == b.stop_reason
+    )
+
+
+@pytest.fixture(scope="module")
+def talker():
+    return tiny_talker(scale=6)
+
+
+def ragged(count: int) -> tuple[list, list[Sampling]]:
+    """Prompts of 4 to 60 positions, greedy and drawn, of both modes, caps of 1 to 13 frames."""
+    vocab = tiny_vocab()
+    prompts, settings = [], []
+    for i in range(count):
+        reference = random_codes(1 + 3 * i, i) if i % 3 == 1 else None
+        prompts.append(render_prompt(vocab, "word " * (1 + i % 4), reference))
+        mode = ("vllm", "sglang")[i % 2]
+        temperature = 0.0 if i % 3 == 0 else 0.9
+        settings.append(
+            Sampling(temperature=temperature, seed=i, mode=mode, max_frames=1 + 5 * i % 13)
+        )
+    return prompts, settings
+
+
+@pytest.fixture(scope="module")
+def slow(talker):
+    """The slow twin's speech of `ragged(9)`."""
+    return [generate_naive(talker, p, s, True) for p, s in zip(*ragged(9), strict=True)]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 5, 64])
+def test_a_slot_taken_over_by_the_next_prompt_changes_nothing(talker, slow, max_batch):
+    made = generate(talker, *ragged(9), log_probs=True, max_batch=max_batch)
+    for one, naive in zip(made, slow, strict=True):
+        assert same(one, naive)
+        torch.testing.assert_close(one.log_probs, naive.log_probs, atol=2e-4, rtol=1e-4)
+
+
+def test_the_gpu_schedule_gives_the_same(talker, monkeypatch):
+    """Looks every 8 steps, idle slots, masked cache lengths, fixed sizes, growth, moves: all that a
+    GPU does but the recording itself."""
+    steps = []
+
+    def replay(self, *key):
+        steps.append(key)
+        self.step_once(*key)
+
+    prompts, settings = ragged(9)
+    settings = [replace(s, max_frames=3 + 4 * i) for i, s in enumerate(settings)]
+    monkeypatch.setattr(decoding.Slots, "replay", replay)
+    monkeypatch.setattr(decoding, "LENGTHS", (32, 48, 64, 96))
+    monkeypatch.setattr(decoding, "SIZES", (1, 2, 4, 8))
+    engine = Engine(talker)
+    decoder = Decoder(engine)
+    requests = requests_of(prompts, settings, 8)
+    with torch.no_grad():
+        made = dict(decoder.run(requests, 4, graphs="as on a GPU"))
+    assert sorted(made) == list(range(9))
+    for i, prompt in enumerate(prompts):
+        assert same(made[i], generate_naive(talker, prompt, settings[i])), i
+    assert {key[0] for key in steps} > {4}  # it shrank with the work
+    assert len({key[1] for key in steps}) > 1  # and grew with the texts
+    assert all(key[1] in decoding.LENGTHS for key in steps)
+
+
+def test_results_come_as_they_end_and_a_caller_may_leave(talker, slow):
+    prompts, settings = ragged(6)
+    order = [i for i, _ in generate_each(talker, prompts, settings, max_batch=2)]
+    assert sorted(order) == list(range(6)) and order != sorted(order)
+    for _ in itertools.islice(generate_each(talker, prompts, settings, max_batch=2), 1):
+        inside = generate(talker, prompts[:2], settings[:2])  # while the other is under way
+    assert same(inside[0], slow[0])
+
+
+def test_fused_weights_are_the_modules_own():
+    """No copy: a step of training is heard at once, and moved weights are fused anew."""
+    talker, prompt = tiny_talker(scale=6), three_prompts()[1]
+    names = list(talker.state_dict())
+    before = {k: v.clone() for k, v in talker.state_dict().items()}
+    first = generate(talker, [prompt], GREEDY)[0]
+    assert list(talker.state_dict()) == names
+    assert all(torch.equal(v, before[k]) for k, v in talker.state_dict().items())
+    attention = talker.model.layers[0].self_attn
+    assert (
+        attention.q_proj.weight.untyped_storage().data_ptr()
+        == attention.k_proj.weight.untyped_storage().data_ptr()
+    )
+    decoder = generating._DECODERS[talker]
+    with torch.no_grad():
+        for parameter in talker.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    second = generate(talker, [prompt], GREEDY)[0]
+    assert generating._DECODERS[talker] is decoder
+    assert not same(first, second) and same(second, generate_naive(talker, prompt, GREEDY))
+    talker.load_state_dict(before, assign=True)
+    assert same(generate(talker, [prompt], GREEDY)[0], first)
+    assert generating._DECODERS[talker] is not decoder
+    run_one(talker, prompt).sum().backward()
+    assert all(p.grad is not None for p in attention.parameters())
+
+
+def test_slots_are_kept_for_the_next_call(talker, slow):
+    prompts, settings = ragged(4)
+    generate(talker, prompts, settings)
+    slots = generating._DECODERS[talker].slots
+    again = generate(talker, prompts[:3], settings[:3])
+    assert generating._DECODERS[talker].slots is slots
+    generate(talker, prompts, settings, log_probs=True)
+    assert generating._DECODERS[talker].slots is not slots
+    assert same(again[1], slow[1])
+
+
+def test_an_adapter_that_is_not_merged_goes_through_the_modules():
+    talker, prompts = tiny_talker(scale=6), three_prompts()
+    model = attach_lora(talker, rank=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    assert not Engine.supports(model) and not Engine.supports(talker)
+    made = list(generate_each(model, prompts, GREEDY, max_batch=2))
+    assert [i for i, _ in made] == [0, 1, 2]
+    for i, one in made:
+        assert same(one, generate_naive(model, prompts[i], GREEDY))
+
+
+def test_what_the_functions_are_not_is_refused():
+    assert Engine.supports(tiny_talker())
+    assert not Engine.supports(tiny_talker(attention_bias=True))
+    assert not Engine.supports(tiny_talker(hidden_act="gelu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not Engine.supports(tiny_talker())
+    half = tiny_talker().bfloat16()
+    assert Engine.supports(half)
+    assert len(generate(half, three_prompts(), GREEDY)) == 3
