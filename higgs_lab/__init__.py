@@ -9,10 +9,14 @@ Importing this package loads no torch, so that `serve.client` and other light us
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from higgs_lab.speech import Higgs, load
+
+# Where bitsandbytes is installed, PEFT imports it, and on some CPUs it warns of a missing kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Higgs", "load", "__version__"]

@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import sys
 import textwrap
 import tokenize
@@ -123,10 +124,16 @@ def cli(cls: type[Config], description: str, argv: list[str] | None = None) -> C
 
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """What a user can mend ends the command with one line and status 1, not with a traceback."""
+    """What a user can mend ends the command with one line and status 1, not with a traceback.
+
+    HIGGS_LAB_TRACEBACK=1 in the environment shows the traceback, for reports of what was no mistake
+    of the user's.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("HIGGS_LAB_TRACEBACK"):
+            raise
         sys.exit(f"{command}: {error}")
 
 

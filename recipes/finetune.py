@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> None:
         config.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     )
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # Apple's GPU has no float64 and is untested
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(config.trackers) or None,
         project_dir=str(out),
@@ -123,14 +124,14 @@ def train(config: TrainConfig) -> None:
     )
     run.start_trackers()
     finished = run.loop(start)
-    accelerator.end_training()
-    if not finished:
-        say(f"stopped by SIGTERM; the same command goes on from {out / 'checkpoints'}")
-        return
-    if accelerator.is_main_process:
+    if finished and accelerator.is_main_process:
         run.save_result(base.path)
     accelerator.wait_for_everyone()
-    say(f"done: {out / ('model' if config.method == 'full' else 'adapter')}")
+    if finished:
+        say(f"done: {out / ('model' if config.method == 'full' else 'adapter')}")
+    else:
+        say(f"stopped by SIGTERM; the same command goes on from {out / 'checkpoints'}")
+    accelerator.end_training()  # last: the processes can no longer wait for each other then
 
 
 def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn.Module:

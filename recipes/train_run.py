@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from contextlib import nullcontext
@@ -45,6 +46,8 @@ class Run:
     def __post_init__(self):
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.terminated = False
+        # `accelerate launch` passes no SIGTERM on to a single process: it dies and leaves it alone
+        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         weights = self.config.codebook_weights
         K = self.vocab.num_codebooks
         if weights is not None and len(weights) != K:
@@ -139,7 +142,8 @@ class Run:
         packs = [batch.to(device, non_blocking=True) for batch in packs]
         cells = sum((batch.supervised.sum((0, 1)) * self.weights).sum() for batch in packs)
         mine = [sum(p.real_positions for p in packs), sum(int(p.is_audio.sum()) for p in packs)]
-        shared = torch.tensor([*mine, int(self.terminated)], dtype=torch.float64, device=device)
+        stop = self.terminated or self.launcher not in (None, os.getppid())
+        shared = torch.tensor([*mine, int(stop)], dtype=torch.float64, device=device)
         shared = torch.cat([cells.double().reshape(1), shared])
         cells, *totals, stop = accelerator.reduce(shared, "sum").tolist()
         for group in self.optimizer.param_groups:

@@ -87,16 +87,24 @@ def curve(metrics: list[dict], name: str) -> list[float]:
 
 def launch(prepared: Path, out: Path, processes: int, **changes) -> subprocess.Popen:
     options = {**SMALL, "data": prepared, "out": out, **changes}
-    """The recipe under `accelerate launch`; processes = 0: without it, which starts sooner."""
+    """The recipe under `accelerate launch`; processes = 0: without it, which starts sooner.
+
+    --multi_gpu is how accelerate is told to start several processes, on CPUs too: with --cpu it
+    starts one, whatever --num_processes says.
+    """
     command = [sys.executable]
     if processes:
-        command += ["-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no"]
+        command += ["-m", "accelerate.commands.launch", "--mixed_precision", "no"]
         command += ["--num_processes", str(processes), "--num_machines", "1"]
     if processes > 1:
-        command += ["--main_process_port", str(20000 + os.getpid() % 20000)]
+        command += ["--multi_gpu", "--main_process_port", str(20000 + os.getpid() % 20000)]
     command += [str(ROOT / "recipes" / "finetune.py")]
     command += [f"{key}={value}" for key, value in options.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return subprocess.Popen(
         command,
         env=environment,
@@ -207,12 +215,34 @@ def test_trackers_get_the_curves_and_the_spoken_samples(prepared, tmp_path, monk
 
 
 @pytest.mark.slow
+def test_a_sigterm_to_the_launcher_saves_too(prepared, straight, tmp_path):
+    """As schedulers and containers send it. accelerate dies of it; the training must not go on
+    alone, nor stop without a checkpoint; and resumed it ends where the straight run did."""
+    out = tmp_path / "run"
+    changes = dict(steps=10, save_every=5, dropout=0.1, valid_every=5)
+    process = launch(prepared, out, 1, **changes)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() or '"step": 1' not in (
+        (out / "metrics.jsonl").read_text()
+    ):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # the pipe stays open as long as anybody lives
+    assert "stopped by SIGTERM" in output and not (out / "adapter").exists(), output
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    run(prepared, out, **changes)
+    assert same(adapter(out), adapter(straight))
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_one_process_curves(prepared, tmp_path):
     changes = dict(steps=4, valid_every=2)
     one = run(prepared, tmp_path / "one", **changes)
     process = launch(prepared, tmp_path / "two", 2, **changes)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
+    assert json.loads((tmp_path / "two" / "provenance.json").read_text())["processes"] == 2
     two = read_jsonl(tmp_path / "two" / "metrics.jsonl")
     assert curve(one, "lr") == curve(two, "lr")
     for name in ("loss", "valid/loss", "loss_eoc", "grad_norm"):

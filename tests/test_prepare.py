@@ -441,10 +441,24 @@ def test_real_speech_under_accelerate_launch(speech_dir, nano, tmp_path):
     source = tmp_path / "one_each.jsonl"  # a recording of each speaker, at five sample rates
     write_manifest(source, {row.speaker: row for row in rows}.values())
     options = {"source": str(source), "model": str(nano), "part_sec": 5}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+    ]
     launch += [ROOT / "recipes" / "prepare.py", *(f"{k}={v}" for k, v in options.items())]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, f"out={tmp_path / 'two'}"], env=env, check=True, timeout=200)
+    done = subprocess.run(
+        [*launch, f"out={tmp_path / 'two'}"],
+        env=env,
+        check=True,
+        timeout=200,
+        capture_output=True,
+        text=True,
+    )
+    assert "process 1 of 2" in done.stderr
     main(PrepareConfig(out=str(tmp_path / "one"), **options))
     assert len(load_prepared(tmp_path / "one")) >= 5
     _same(tmp_path / "one", tmp_path / "two")
