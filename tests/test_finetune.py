@@ -307,7 +307,7 @@ def test_bf16_moves_the_table_and_writes_it_whole(prepared, nano, tmp_path, chan
 
 
 def test_qlora_trains_an_adapter_for_the_unquantised_base(prepared, nano, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="the qlora extra, Linux only")
+    pytest.importorskip("bitsandbytes", reason="pip install -e .[qlora]; .ci/run does")
     from higgs_lab.adapter import adapter_effect, load_adapter
     from higgs_lab.checkpoint import load_talker
     from higgs_lab.prompt import render_prompt
