@@ -133,12 +133,13 @@ def make_recordings(folder: Path, train: Path, test: Path, num_test: int) -> Non
 
 
 def take_recordings(source: str, train: Path, test: Path, num_test: int, clips: int) -> None:
-    """Split the user's recordings: the last texts are the test, another clip the reference."""
+    """Split the user's recordings: some last texts of each speaker are the test, and another clip
+    of the speaker is the reference."""
     rows = open_data(source)
-    texts = list(dict.fromkeys(text_key(row.text) for row in rows))
+    texts = {text_key(row.text) for row in rows}
     if len(texts) < 4:
         raise ValueError(f"{source} has {len(texts)} different texts; at least 4 are needed")
-    held_out = set(texts[-min(num_test, len(texts) // 3) :])
+    held_out = last_texts(rows, min(num_test, len(texts) // 3))
     learn = [row for row in rows if text_key(row.text) not in held_out]
     if len(learn) > clips:
         print(f"{len(learn)} clips, of which the demo takes {clips} (--clips)")
@@ -156,6 +157,21 @@ def take_recordings(source: str, train: Path, test: Path, num_test: int, clips: 
     write_manifest(train, learn)
     write_manifest(test, tests)
     print(f"{len(learn)} clips to learn from and {len(tests)} to test on")
+
+
+def last_texts(rows: list[Utterance], count: int) -> set[str]:
+    """Texts to test on, one speaker after the other, leaving each at least two to learn from."""
+    left: dict[str | None, list[str]] = {}
+    for row in rows:
+        of_speaker = left.setdefault(row.speaker, [])
+        if text_key(row.text) not in of_speaker:
+            of_speaker.append(text_key(row.text))
+    found: set[str] = set()
+    while len(found) < count and any(len(texts) > 2 for texts in left.values()):
+        for texts in left.values():
+            if len(found) < count and len(texts) > 2:
+                found.add(texts.pop())
+    return found or {text_key(row.text) for row in rows[-count:]}
 
 
 def seconds_of(row: Utterance) -> float:

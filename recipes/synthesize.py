@@ -25,6 +25,7 @@ from higgs_lab.runlog import (
     Progress,
     RunLog,
     provenance,
+    read_jsonl,
     remove_leftovers,
     write_json_atomic,
 )
@@ -92,27 +93,29 @@ def main(config: SynthesizeConfig) -> Path:
     checkpoint, out = resolve_checkpoint(config.model), Path(config.out)
     check_rows(rows, Vocab.from_pretrained(checkpoint.path))
     takes = plan_takes(rows, config)
-    _keep_settings(out, config, checkpoint)
+    settings = _settings(config, checkpoint)
+    _refuse_other_run(out, settings)
     remove_leftovers(out / "wavs")
-    with RunLog(out / "speech.jsonl") as log:
-        spoken = {row["key"]: row for row in log.rows()}
-        done = {key for key, row in spoken.items() if _is_there(row, out)}
-        # Takes of similar length share a batch, so that none waits long for another. A batch that
-        # was cut short is spoken again as a whole: its rounding depends on who is in it.
-        ordered = sorted(takes, key=lambda take: (speech_units(take.row.text), take.stem))
-        size = config.batch_size
-        batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        todo = [batch for batch in batches if any(take.key not in done for take in batch)]
-        if todo:
-            higgs = higgs_lab.load(config.model, config.adapter, config.device, config.dtype)
-            references: dict[str, Tensor] = {}
-            start = len(takes) - sum(map(len, todo))
-            with Progress(len(takes), "texts", "speak", start=start) as bar:
-                for batch in todo:
-                    for record in speak(higgs, batch, sampling, config.max_chars, out, references):
-                        log.log(**record)
-                        spoken[record["key"]] = record
-                    bar.update(len(batch))
+    file = out / "speech.jsonl"
+    spoken = {row["key"]: row for row in read_jsonl(file)} if file.is_file() else {}
+    done = {key for key, row in spoken.items() if _is_there(row, out)}
+    # Takes of similar length share a batch, so that none waits long for another. A batch that
+    # was cut short is spoken again as a whole: its rounding depends on who is in it.
+    ordered = sorted(takes, key=lambda take: (speech_units(take.row.text), take.stem))
+    size = config.batch_size
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    todo = [batch for batch in batches if any(take.key not in done for take in batch)]
+    if todo:
+        higgs = higgs_lab.load(config.model, config.adapter, config.device, config.dtype)
+        _record(out, settings, config, checkpoint)  # what cannot be loaded leaves no folder
+        references: dict[str, Tensor] = {}
+        start = len(takes) - sum(map(len, todo))
+        with RunLog(file) as log, Progress(len(takes), "texts", "speak", start=start) as bar:
+            for batch in todo:
+                for record in speak(higgs, batch, sampling, config.max_chars, out, references):
+                    log.log(**record)
+                    spoken[record["key"]] = record
+                bar.update(len(batch))
     return _write_results(takes, [spoken[take.key] for take in takes], out)
 
 
@@ -240,9 +243,9 @@ def _read_lines(path: Path) -> list[Utterance]:
     return rows
 
 
-def _keep_settings(out: Path, config: SynthesizeConfig, checkpoint: Checkpoint) -> None:
-    """Record how `out` is made; refuse to go on there with other settings or another model."""
-    free = ("out", "source", "text", "batch_size", "device", "takes")  # change no take
+def _settings(config: SynthesizeConfig, checkpoint: Checkpoint) -> dict:
+    """All that decides the sound of a take, beside its own row."""
+    free = ("out", "source", "text", "batch_size", "device", "takes")
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     settings["revision"] = checkpoint.revision
     settings["model_files"] = _weights(checkpoint.path)
@@ -250,6 +253,11 @@ def _keep_settings(out: Path, config: SynthesizeConfig, checkpoint: Checkpoint) 
         from higgs_lab.adapter import find_adapter
 
         settings["adapter_files"] = _weights(find_adapter(config.adapter))
+    return settings
+
+
+def _refuse_other_run(out: Path, settings: dict) -> None:
+    """Takes of other settings or of another model must not end up in one folder."""
     file = out / SETTINGS
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -263,7 +271,10 @@ def _keep_settings(out: Path, config: SynthesizeConfig, checkpoint: Checkpoint) 
         raise FileExistsError(
             f"{out} exists and is no folder of synthesize: choose another out=..."
         )
-    write_json_atomic(file, settings)
+
+
+def _record(out: Path, settings: dict, config: SynthesizeConfig, checkpoint: Checkpoint) -> None:
+    write_json_atomic(out / SETTINGS, settings)
     save_config(config, out / "config.yaml")
     record = provenance(model=checkpoint.name, revision=checkpoint.revision, adapter=config.adapter)
     write_json_atomic(out / "provenance.json", record)
