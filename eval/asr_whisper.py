@@ -238,7 +238,9 @@ def _source(spec: str) -> str:
     import whisper
 
     if spec == "nano":
-        return str(_nano_whisper())
+        from higgs_lab.nano import nano_whisper
+
+        return str(nano_whisper())
     if spec not in whisper.available_models() and not Path(spec).is_file():
         raise FileNotFoundError(
             f"recogniser {spec!r} is no checkpoint file and no Whisper model; give a path to a "
@@ -256,15 +258,3 @@ def _revision(source: str) -> str:
         return whisper._MODELS[source].split("/")[-2][:16]
     with Path(source).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _nano_whisper() -> Path:
-    from higgs_lab import nano
-
-    if not hasattr(nano, "nano_whisper"):
-        raise ValueError(
-            "this release has no trained nano recogniser yet: give the path of a Whisper "
-            "checkpoint (higgs_lab.nano.judges.random_whisper writes one that runs but hears "
-            "nothing)"
-        )
-    return nano.nano_whisper()

@@ -109,11 +109,9 @@ def _resolve(spec: str) -> tuple[Path, str]:
     """Folder and revision of a folder, hub name or "nano"."""
     path = Path(spec)
     if spec == "nano":
-        from higgs_lab import nano
+        from higgs_lab.nano import nano_ecapa
 
-        if not hasattr(nano, "nano_ecapa"):
-            raise ValueError("this release has no trained nano encoder yet: give a folder")
-        path = nano.nano_ecapa()
+        path = nano_ecapa()
     if path.is_dir():
         if not (path / "hyperparams.yaml").is_file():
             raise FileNotFoundError(

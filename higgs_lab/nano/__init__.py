@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ASSETS = HERE / "assets"  # packaged weights, see packing.py
 
 
 def cache_folder() -> Path:
@@ -29,17 +30,19 @@ def nano_checkpoint(cache_dir: str | Path | None = None) -> Path:
 
 
 def nano_whisper(cache_dir: str | Path | None = None) -> Path:
-    """Checkpoint file that `whisper.load_model` reads, built once and kept; returns its path."""
-    from higgs_lab.nano.judges import random_whisper
+    """Checkpoint file that `whisper.load_model` reads, unpacked once and kept; its path."""
+    from higgs_lab.nano.judges import write_whisper
 
-    return _cached("whisper", ("judges.py",), random_whisper, cache_dir, suffix=".pt")
+    sources = ("packing.py", "judges.py", "assets/whisper.safetensors")
+    return _cached("whisper", sources, write_whisper, cache_dir, suffix=".pt")
 
 
 def nano_ecapa(cache_dir: str | Path | None = None) -> Path:
     """Folder that `EncoderClassifier.from_hparams(source=...)` reads; returns its path."""
-    from higgs_lab.nano.judges import random_ecapa
+    from higgs_lab.nano.judges import write_ecapa
 
-    return _cached("ecapa", ("judges.py",), random_ecapa, cache_dir)
+    sources = ("packing.py", "judges.py", "assets/ecapa.safetensors")
+    return _cached("ecapa", sources, write_ecapa, cache_dir)
 
 
 def _cached(

@@ -110,3 +110,12 @@ def speak(text: str, language: str, variant: str, rate: int = 170, pitch: int = 
     wav = resample_poly(wav, 160, 147).astype(np.float32)
     wav *= 10 ** (-23 / 20) / np.sqrt(np.mean(wav**2))
     return np.clip(wav, -1, 1)
+
+
+def is_female(variant: str) -> bool:
+    """Whether a variant says so; those that say nothing have the language's own male voice."""
+    if variant.startswith("made"):
+        text = made_variant(int(variant[4:]))
+    else:
+        text = (_engine().variants / variant).read_text(errors="replace")
+    return "gender female" in text
