@@ -152,8 +152,7 @@ def _generate_modules(
             **inputs,
             position_ids=positions,
             attention_mask=mask if padded else None,
-            past_key_values=cache,
-            use_cache=True,
+            cache=cache,
             logits_at=last,
         )
         row = run.step(out.logits.float())

@@ -11,6 +11,7 @@ The backbone is transformers' own `Qwen3Model`, held as `Talker.model`, so that 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from higgs_lab.attention import VARLEN, packed_mask
 
+# transformers 5.2x calls it `cache`, and 5.40 will refuse the older name.
+ARGUMENTS = inspect.signature(Qwen3Model.forward).parameters
+CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"
+
 
 @dataclass
 class TalkerOutput:
@@ -28,7 +33,6 @@ class TalkerOutput:
 
     hidden: Tensor
     logits: Tensor
-    past_key_values: Cache | None = None
 
 
 class FusedCodebooks(nn.Module):
@@ -76,16 +80,16 @@ class Talker(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
+        cache: Cache | None = None,
         logits_at: Tensor | None = None,
     ) -> TalkerOutput:
         """One pass over ids [B, L], is_audio [B, L] bool, rows [B, L, K].
 
         Padded batches: attention_mask [B, L], 1 where real. Packed ones (B = 1): cu_seqlens int32
-        [D+1] and max_seqlen, with position_ids that restart in each document. logits_at: bool
-        [B, L], to run the head only there (logits [N, K, V]); audio rows are half of a sequence or
-        less, and the head's output is larger than any hidden state.
+        [D+1] and max_seqlen, with position_ids that restart in each document. cache: keys and
+        values of earlier positions, which is extended. logits_at: bool [B, L], to run the head only
+        there (logits [N, K, V]); audio rows are half of a sequence or less, and the head's output
+        is larger than any hidden state.
         """
         embeds = self.embed(ids, is_audio, rows)
         kwargs = {}
@@ -101,13 +105,13 @@ class Talker(nn.Module):
             inputs_embeds=embeds,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=cache is not None,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden = out.last_hidden_state
         picked = hidden if logits_at is None else hidden[logits_at]
-        return TalkerOutput(hidden, self.codebooks.logits(picked), out.past_key_values)
+        return TalkerOutput(hidden, self.codebooks.logits(picked))
 
     def embed(self, ids: Tensor, is_audio: Tensor, rows: Tensor) -> Tensor:
         """[B, L, D]: text embeddings, with the fused sum where a row stands.
