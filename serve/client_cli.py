@@ -52,27 +52,40 @@ def speak_manifest(
             temporary.write_bytes(data)
 
     pool = ThreadPoolExecutor(concurrency)
-    running, queue = {}, iter(todo)
+    running, queue, gone = {}, iter(todo), None
     with Progress(len(rows), "clips", "speak", start=len(rows) - len(todo)) as progress:
         try:
             while True:
-                while len(running) < 2 * concurrency and (row := next(queue, None)) is not None:
+                while gone is None and len(running) < 2 * concurrency:
+                    if (row := next(queue, None)) is None:
+                        break
                     running[pool.submit(one, row)] = row
                 if not running:
                     break
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     row = running.pop(done)
+                    if done.cancelled():
+                        continue
                     if (error := done.exception()) is not None:
                         failed += 1
                         with RunLog(failures_file) as log:
                             log.log(id=row.id, text=row.text, error=str(error))
-                        if getattr(error, "status", 0) is None and not client.is_healthy(url):
-                            raise error  # nobody is there any more: keep the rest for a resume
+                        lost = gone is None and getattr(error, "status", 0) is None
+                        if lost and not client.is_healthy(url):
+                            gone = error  # keep the rest for a resume; those on their way fail too
+                            for other in running:
+                                other.cancel()
                     progress.update()
         finally:
             pool.shutdown(cancel_futures=True)
             spoken = [row for row in rows if target[row.id].exists()]
             write_manifest(out / "manifest.jsonl", [_spoken(r, target[r.id]) for r in spoken])
+    if gone is not None:
+        raise client.ServerError(
+            f"{gone}\nNobody answers {url} any more: {len(spoken)} of {len(rows)} clips are there, "
+            f"{failed} failed (see {failures_file}). Start the server, then this command again: it "
+            "goes on with what is missing."
+        )
     return failed
 
 

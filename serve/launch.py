@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -33,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.client import is_healthy
+from serve.server_log import epitaph, find_error, last_line
 
 PROFILES = Path(__file__).parent / "profiles"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -53,19 +53,6 @@ LIMITS = {
 # vLLM reads an empty list of hosts as "any": whoever can call the server could then make it fetch
 # from the network that it stands in. This name is reserved never to exist (RFC 2606).
 NO_HOST = "none.invalid"
-
-# Names that the last lines of a dead server's log give to any failure; the cause stands above them.
-CONSEQUENCES = (
-    "Engine core initialization failed",
-    "Orchestrator initialization failed",
-    "EngineCore failed",
-    "EngineDeadError",
-    "failed to start",
-    "died unexpectedly",
-    "SystemExit",
-    "KeyboardInterrupt",
-    "CancelledError",
-)
 
 
 @dataclass(frozen=True)
@@ -298,44 +285,13 @@ def _vllm(given: str | None, cpu: bool) -> str:
     raise FileNotFoundError(f"vllm is not installed ({fix}); or give its path with --vllm")
 
 
-_NOISE = re.compile(r"\x1b\[[0-9;]*m|^\([A-Za-z_0-9]+ pid=\d+\) ?")
-_STAMP = re.compile(r"^(?:ERROR|WARNING|INFO|CRITICAL) +\d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?)+")
-_RAISED = re.compile(r"^(?:[\w.]+\.)?([A-Z]\w*(?:Error|Exception|Interrupt|Exit))(?:: (.*))?$")
-
-
-def find_error(log: str) -> str:
-    """What really went wrong: the first exception that is not the consequence of another.
-
-    Falls back to the last lines when there is none.
-    """
-    lines = [_clean(line) for line in log.splitlines()]
-    for number, line in enumerate(lines):
-        if (match := _RAISED.match(line)) and not any(c in line for c in CONSEQUENCES):
-            if not (match[2] or "").strip():
-                continue
-            where = next(
-                (past for past in reversed(lines[:number]) if past.lstrip().startswith("File ")), ""
-            )
-            return line + (f"\n  raised at {where.strip()}" if where else "")
-    return "\n".join([line for line in lines if line.strip()][-5:])
-
-
-def last_line(log: str) -> str:
-    lines = [clean for line in log.splitlines() if (clean := _clean(line).strip())]
-    return lines[-1][:120] if lines else "..."
-
-
-def _clean(line: str) -> str:
-    """A log line without colours, process and time stamp."""
-    line = _NOISE.sub("", _NOISE.sub("", line))
-    return _STAMP.sub("", line)
-
-
 def run(plan: Plan, timeout_sec: float) -> int:
     """Start, wait, announce, and stay until the server ends; returns its exit code."""
     server = start(plan)
+    asked = []  # signals that we passed on: it ends because of them
 
     def forward(number, frame):
+        asked.append(number)
         if server.process.poll() is None:
             server.process.send_signal(number)
 
@@ -348,10 +304,13 @@ def run(plan: Plan, timeout_sec: float) -> int:
         if plan.api_key:
             print(f"API key (VLLM_API_KEY for the client): {plan.api_key}")
         sys.stdout.flush()
-        return server.process.wait()
+        code = server.process.wait()
+        if not asked and (why := epitaph(code, server.log_text())):
+            print(f"serve.launch: {why}\nThe whole log: {plan.log}", file=sys.stderr)
+        return code if code >= 0 else 128 - code  # as a shell would say it
     except (RuntimeError, TimeoutError) as error:
-        if server.process.poll() in (-signal.SIGINT, -signal.SIGTERM, 0):
-            return 0  # stopped by us while it was starting
+        if asked:
+            return 0  # stopped while it was starting
         print(f"serve.launch: {error}", file=sys.stderr)
         return server.process.poll() or 1
     finally:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.launch import find_error, main, make_plan, pick_profile, start
+from serve.launch import main, make_plan, pick_profile, start
+from serve.server_log import epitaph, find_error
 
 FAKE = """\
 #!{python}
@@ -165,6 +166,13 @@ def test_error_without_an_exception_shows_the_last_lines():
     assert find_error("one\n\ntwo\nKilled\n") == "one\ntwo\nKilled"
 
 
+def test_death_of_a_server_that_was_up_is_explained():
+    assert epitaph(0, "") is None
+    assert "killed by SIGKILL" in epitaph(-9, "ValueError: of a request long ago")
+    assert "memory" in epitaph(-9, "") and "memory" not in epitaph(-11, "")
+    assert epitaph(3, "Traceback\nOSError: disk is full\n").endswith("OSError: disk is full")
+
+
 def test_first_cause_not_its_consequences():
     log = (
         "(StageEngineCoreProc_stage0 pid=9) \x1b[31mERROR\x1b[0m 11-23 20:19:38 [core.py:1] "
@@ -195,6 +203,17 @@ def test_signals_reach_the_server_and_its_exit_code_comes_back(export_dir, vllm,
     child.send_signal(signal.SIGTERM)
     assert child.wait(30) == 5
     assert "serve.client" in seen + child.stdout.read()
+
+
+def test_a_server_that_is_killed_later_is_mourned(export_dir, vllm, tmp_path):
+    words = [str(export_dir), "--device", "cpu", "--vllm", vllm, "--port", str(free_port())]
+    child = run_cli(*words, "--no-check", "--state", str(tmp_path / "state"))
+    while "ready after" not in child.stdout.readline():
+        assert child.poll() is None
+    server = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()[0]
+    os.kill(int(server), signal.SIGKILL)
+    assert child.wait(30) == 128 + 9
+    assert "killed by SIGKILL" in child.stdout.read()
 
 
 def test_print_only_prints(export_dir, vllm, tmp_path):

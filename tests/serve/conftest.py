@@ -1,5 +1,8 @@
 """A real vLLM-Omni server on the nano checkpoint, one start per configuration.
 
+A configuration has one file of tests, and its server lives no longer than the file: so no file can
+end another's server, and no more than one stands in memory.
+
 Needs the serving environment in .venv-serve (make serve-env). Without it these tests are skipped on
 a developer's machine and fail in CI.
 """
@@ -11,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from served import API_KEY, START_SEC, Dumps, end_direction, launch
+from served import API_KEY, START_SEC, end_direction, launch
 
 from higgs_lab.checkpoint import load_talker, rewrite_native, to_native_key
 from higgs_lab.codec import Codec
 from higgs_lab.vocab import EOC, Vocab
+from serve.client import is_healthy
+from serve.compare import Dumps
 from serve.export import export
 
 HERE = Path(__file__).parent
@@ -74,15 +79,19 @@ def vocab(exported) -> Vocab:
 
 
 def _serve(exported: Path, tmp_path_factory, name: str, profile: str, **options):
+    """A server for the tests of one file; that it ends well is the last of them."""
     folder = tmp_path_factory.mktemp(name)
     with launch(exported, folder, name, profile, **options) as server:
         seconds = server.wait_ready(START_SEC, progress=False)
         print(f"\nserver {name!r} was up after {seconds:.0f} s")
         server.dumps = Dumps(folder / name / "dumps")
         yield server
+        assert server.process.poll() is None, "the server ended before its tests did"
+        assert server.stop() == 0, f"SIGTERM did not end it well: see {server.plan.log}"
+        assert not is_healthy(server.url)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exact(serve_env, exported, tmp_path_factory):
     """float32, the codec decoding each clip whole: comparable with our own numbers."""
     overlay = exported / "deploy" / "exact.yaml"
@@ -90,7 +99,7 @@ def exact(serve_env, exported, tmp_path_factory):
     yield from _serve(exported, tmp_path_factory, "exact", str(overlay))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chunked(serve_env, exported, tmp_path_factory):
     """As shipped: the codec streams in chunks; an API key is set."""
     yield from _serve(exported, tmp_path_factory, "chunked", "cpu_smoke", api_key=API_KEY)

@@ -1,9 +1,7 @@
-"""Helpers of the server tests: starting one, reading what it dumped, a talker that stops."""
+"""Helpers of the server tests: starting one, a talker that stops."""
 
 from __future__ import annotations
 
-import json
-import socket
 from pathlib import Path
 
 import torch
@@ -11,8 +9,9 @@ import torch
 from higgs_lab.generate import Sampling, generate
 from higgs_lab.prompt import render_prompt
 from higgs_lab.vocab import Vocab
-from serve.launch import Server, make_plan, start
+from serve.launch import Server, free_port, make_plan, start
 
+ROOT = Path(__file__).parents[2]
 START_SEC = 300
 API_KEY = "key-of-the-tests"
 ENDING_TEXT, ENDING_ROW = "Hello there.", 25
@@ -41,33 +40,8 @@ def end_direction(talker, vocab: Vocab) -> torch.Tensor:
     return direction * (logits.max() + 3) / (direction @ now)
 
 
-class Dumps:
-    """What the talker stage of a server wrote about each request (see serve/cpu)."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.seen = folder, set()
-
-    def new(self) -> list[tuple[dict, torch.Tensor]]:
-        """(header, rows [S, 8]) of every request since the last call."""
-        files = set(self.folder.glob("*.jsonl")) - self.seen
-        self.seen |= files
-        return [self._read(file) for file in sorted(files, key=lambda f: f.stat().st_mtime)]
-
-    def last(self) -> tuple[dict, torch.Tensor]:
-        return self.new()[-1]
-
-    @staticmethod
-    def _read(file: Path) -> tuple[dict, torch.Tensor]:
-        header, *rows = (json.loads(line) for line in file.read_text().splitlines())
-        return header, torch.tensor(rows)
-
-
 def launch(export_dir: Path, folder: Path, name: str, profile: str, **options) -> Server:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    plan = make_plan(
-        export_dir, profile, "cpu", port=port, log=folder / f"{name}.log", state=folder, **options
-    )
+    log = folder / f"{name}.log"
+    plan = make_plan(export_dir, profile, "cpu", port=free_port(), log=log, state=folder, **options)
     # Compiled bytecode and kernels may be shared between runs; voices and dumps may not.
     return start(plan, {"HIGGS_LAB_DUMP_DIR": str(folder / name / "dumps")})

@@ -1,18 +1,19 @@
-"""The server as shipped: streaming, API key, and what a user meets when it ends."""
+"""The server as shipped: streaming, API key, other clients, and what a user meets when it dies."""
 
 from __future__ import annotations
 
-import signal
+import re
 import subprocess
 import sys
 import time
+import wave
 
 import numpy as np
 import pytest
-from served import API_KEY, START_SEC, launch
+from served import API_KEY, ROOT, START_SEC, launch
 
 from higgs_lab.checkpoint import NativeFiles
-from serve.client import ServerError, is_healthy, speak, stream
+from serve.client import ServerError, pcm_to_wav, speak, stream
 
 TEXT = "This is spoken while it is made."
 
@@ -70,17 +71,28 @@ def test_command_line_client(chunked, tmp_path):
     assert refused.returncode != 0 and "<|audio|>" in refused.stderr
 
 
-def test_zz_killed_server_is_noticed_and_leaves_nobody_behind(chunked):
-    """Last on purpose: it ends the shared server."""
-    chunked.process.send_signal(signal.SIGTERM)
-    assert chunked.process.wait(90) is not None
-    assert not is_healthy(chunked.url)
-    with pytest.raises(ServerError) as caught:
-        speak(chunked.url, "Hi.", api_key=API_KEY, retries=0)
-    assert caught.value.status is None
+def test_the_docs_example_of_the_official_openai_client_runs(chunked, serve_env, tmp_path):
+    """openai comes with vllm, so its own environment runs it."""
+    (code,) = re.findall(
+        r"```python\n(.*?from openai import.*?)```",
+        (ROOT / "docs" / "serving.md").read_text(),
+        re.S,
+    )
+    assert "http://127.0.0.1:8000" in code and 'api_key="none"' in code
+    code = code.replace("http://127.0.0.1:8000", chunked.url).replace('"none"', repr(API_KEY))
+    t = np.arange(36000) / 24000
+    tone = (3000 * sum(np.sin(2 * np.pi * 140 * k * t) / k for k in range(1, 9))).astype("<i2")
+    (tmp_path / "voice.wav").write_bytes(pcm_to_wav(tone.tobytes()))
+    command = [serve_env / "python", "-c", code]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=200)
+    with wave.open(str(tmp_path / "hello.wav")) as file:
+        whole = file.readframes(file.getnframes())
+    streamed = (tmp_path / "hello.pcm").read_bytes()
+    assert len(whole) >= 960 * 2 and len(whole) % 1920 == 0  # whole frames of 40 ms
+    assert streamed == whole  # one seed, one take
 
 
-def test_zz_an_export_that_the_server_refuses_is_explained(serve_env, exported, tmp_path):
+def test_an_export_that_the_server_refuses_is_explained(serve_env, exported, tmp_path):
     """What serve.check finds beforehand kills the server, and the launcher says why."""
     import shutil
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from served import START_SEC, Dumps
+from served import START_SEC
 
 from higgs_lab.adapter import attach_lora, base_fingerprint, load_adapter, merge_lora, save_adapter
 from higgs_lab.checkpoint import load_talker
@@ -17,6 +17,7 @@ from higgs_lab.generate import Sampling, generate
 from higgs_lab.prompt import render_prompt
 from serve.adapters import with_adapters
 from serve.client import ServerError, _open, _request, pcm_to_wav, speak, stream
+from serve.compare import Dumps
 from serve.launch import free_port, make_plan, start
 
 ROWS = 40
