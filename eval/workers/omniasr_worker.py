@@ -12,25 +12,30 @@ import importlib.metadata
 
 from worker import serve
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default="omniASR_LLM_7B")
-parser.add_argument("--batch", type=int, default=8)
-args = parser.parse_args()
 
-
-def load():
+def load(model: str, batch: int):
     from omnilingual_asr.models.inference.pipeline import ASRInferencePipeline
 
-    pipeline = ASRInferencePipeline(model_card=args.model)
+    pipeline = ASRInferencePipeline(model_card=model)
 
     def transcribe(requests):
         return pipeline.transcribe(
             [request["audio"] for request in requests],
             lang=[request["omniasr"] for request in requests],
-            batch_size=args.batch,
+            batch_size=batch,
         )
 
     return transcribe
 
 
-serve(load, args.model, importlib.metadata.version("omnilingual-asr"), batch=args.batch)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="omniASR_LLM_7B")
+    parser.add_argument("--batch", type=int, default=8)
+    args = parser.parse_args()
+    version = importlib.metadata.version("omnilingual-asr")
+    serve(lambda: load(args.model, args.batch), args.model, version, batch=args.batch)
+
+
+if __name__ == "__main__":
+    main()
