@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,9 @@ def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
     from serve import client
 
     client.request_body("options are checked once", dialect=dialect, **sampling)
+    key = os.environ.get(
+        "VLLM_API_KEY"
+    )  # as for serve.client; never in a file or on a command line
 
     def one(request: Request) -> Spoken:
         from higgs_lab.audio import read_audio
@@ -144,7 +148,7 @@ def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
         reference = row.ref_audio
         if reference is not None and not isinstance(reference, Path):
             reference = reference.open().read()
-        options = {"seed": request.seed, "dialect": dialect} | sampling
+        options = {"seed": request.seed, "dialect": dialect, "api_key": key} | sampling
         try:
             data = client.speak(url, row.text, reference, row.ref_text, **options)
             took_sec = time.monotonic() - begin

@@ -6,8 +6,6 @@ import contextlib
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +26,8 @@ from serve.check import Finding, check_export
 from serve.export import export
 from serve.launch import free_port, make_plan, start
 from serve.validation import FAIL, OK, WARN, Outcome, Run, Skip
+from serve.words import estimate, evaluate
 
-TOOLS = Path(__file__).resolve().parent.parent  # holds eval/ and serve/
 TEXTS = Path(__file__).with_name("validate_texts.txt")
 CLIPS = 8
 LEARNT = 0.9  # of ln 1026: below, the model knows more than chance about a recording
@@ -260,23 +258,16 @@ def words_of_sglang(run: Run) -> Outcome:
 
 
 def _words(run: Run, name: str, model: str, more=(), source: str | None = None) -> Outcome:
-    """One eval.run, as a command of its own: serve knows eval by its command line only."""
     folder = run.out / "eval" / name
-    command = [sys.executable, "-m", "eval.run", "--model", model, "--out", str(folder)]
-    command += ["--set", source or str(texts_manifest(run)), "--language", "en"]
-    command += ["--asr", run.asr, "--speaker", run.speaker, *more]
+    options = ["--language", "en", "--asr", run.asr, "--speaker", run.speaker, *more]
     if run.device != "auto":
-        command += ["--device", run.device]
-    env = os.environ | {"PYTHONPATH": f"{TOOLS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"eval.run: {done.stderr.strip().splitlines()[-1:]}")
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["overall"]
+        options += ["--device", run.device]
+    summary = evaluate(model, source or texts_manifest(run), folder, options)
     kept = ("clips", "failed", "failures", "error", "cer", "sim_ref", "rtf_median")
     out = Outcome(figures={k: summary.get(k) for k in kept})
     out.note(
         f"{summary['clips']} clips, {summary['failed']} failed, errors "
-        f"{_estimate(summary['error'], 100)} %, similarity {_estimate(summary['sim_ref'], 1)}",
+        f"{estimate(summary['error'], 100)} %, similarity {estimate(summary['sim_ref'], 1)}",
         WARN if summary["failed"] > 0.1 * summary["clips"] else OK,
     )
     return out
@@ -317,14 +308,6 @@ def texts_manifest(run: Run) -> Path:
         ]
         write_manifest(file, rows)
     return file
-
-
-def _estimate(value: dict | None, scale: float) -> str:
-    if value is None:
-        return "-"
-    known = value["low"] is not None
-    span = f" ({scale * value['low']:.2f}-{scale * value['high']:.2f})" if known else ""
-    return f"{scale * value['value']:.2f}{span}"
 
 
 def _dtype(run: Run) -> torch.dtype | None:
