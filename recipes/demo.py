@@ -65,13 +65,15 @@ def main(argv: list[str] | None = None) -> None:
     hello = "text=Hello from my new voice."
     tool("recipes.synthesize", model, f"adapter={adapter}", hello, f"out={out / 'hello'}")
     judges = ["--asr", args.asr, "--speaker", args.speaker, "--set", str(test)]
-    folders = {name: str(out / "eval" / name) for name in ("human", "before", "after")}
+    folders = {name: str(out / "eval" / name) for name in ("human", "before", "after", "alone")}
     tool("eval.run", "--model", "human", *judges, "--out", folders["human"])
     floor = [*judges, "--floor", folders["human"]]
     tool("eval.run", "--model", args.model, *floor, "--out", folders["before"])
-    after = ["--model", args.model, "--adapter", str(adapter), *floor]
-    tool("eval.run", *after, "--out", folders["after"])
-    tool("eval.compare", folders["before"], folders["after"])
+    after = ["--model", args.model, "--adapter", str(adapter), *floor, "--out", folders["after"]]
+    tool("eval.run", *after)
+    tool("eval.run", *after[:-1], folders["alone"], "--refs", "none")
+    for name in ("after", "alone"):
+        tool("eval.compare", folders["before"], folders[name])
     export = str(out / "export")
     tool("serve.export", "--model", args.model, "--adapter", str(adapter), "--out", export)
     tool("serve.check", export)

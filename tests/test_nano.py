@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles, load_talker, read_config
 from higgs_lab.codec import Codec
 from higgs_lab.nano import nano_checkpoint
-from higgs_lab.nano.build import write_checkpoint
+from higgs_lab.nano.build import random_checkpoint
 from higgs_lab.nano.tokenizer import ADDED_TOKENS, byte_alphabet
 from higgs_lab.tags import TAGS
 from higgs_lab.vocab import Vocab
@@ -91,7 +91,7 @@ def test_it_is_built_once_and_appears_whole(nano, tmp_path, monkeypatch):
         calls.append(path)
         path.mkdir(parents=True)
 
-    monkeypatch.setattr("higgs_lab.nano.build.write_checkpoint", build)
+    monkeypatch.setattr("higgs_lab.nano.build.random_checkpoint", build)
     first, second = nano_checkpoint(), nano_checkpoint()
     assert first == second and first.parent == tmp_path
     assert len(calls) == 1
@@ -104,7 +104,7 @@ def test_a_seed_is_a_checkpoint_whatever_the_threads(nano, tmp_path):
     """Else each machine has a codec of its own, and prepared data of another is refused."""
     torch.set_num_threads(2)
     try:
-        write_checkpoint(tmp_path / "again", seed=0)
+        random_checkpoint(tmp_path / "again", seed=0)
     finally:
         torch.set_num_threads(1)
     ours, again = (dict(NativeFiles(p).items()) for p in (nano, tmp_path / "again"))

@@ -8,7 +8,7 @@ import pytest
 from eval.asr import load_recognizer
 from eval.normalize import normalize
 from eval.speaker import cosine, load_encoder
-from recipes.nano.evaluate import error_rate, for_judges, held_out
+from recipes.nano.measure import error_rate, for_judges, held_out
 from recipes.nano.texts import LANGUAGES
 
 

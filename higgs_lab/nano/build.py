@@ -1,4 +1,4 @@
-"""A small checkpoint in the complete native layout, from a seed.
+"""The nano checkpoint in the complete native layout: the packaged weights, or random ones.
 
 What the serving engine hard-codes keeps its size (facts §1.2; vllm-omni
 higgs_audio_v3_code2wav.py): 8 codebooks of 1024 codes and 64 channels, a codec decoder of 256 ->
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.checkpoint import CODEC_PREFIX, INDEX, TIED_COPIES, to_native_key
+from higgs_lab.nano import ASSETS, packing
 from higgs_lab.nano.tokenizer import write_tokenizer
 from higgs_lab.runlog import atomic_path, write_json_atomic
 from higgs_lab.talker import Talker, talker_config
@@ -49,6 +50,15 @@ TEXT_CONFIG = {
     "dtype": "bfloat16",
     "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
 }
+
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)
 
 
 def native_config(text_config: dict) -> dict:
@@ -91,8 +101,32 @@ def small_codec_config() -> dict:
     return config
 
 
-def write_checkpoint(out: str | Path, seed: int = 0) -> None:
-    """Write the native directory: talker, codec, tokenizer, config, index; atomic."""
+def is_trained() -> bool:
+    """Whether the talker and its codec are packaged."""
+    return all((ASSETS / f"{part}.safetensors").is_file() for part in ("codec", "talker"))
+
+
+def write_checkpoint(out: str | Path) -> None:
+    """Write the native directory of the trained talker and codec; atomic.
+
+    The text table gets its full height and the codec's decoder its full width (packing.py).
+    """
+    packaged, talker = packing.expand_talker(ASSETS / "talker.safetensors")
+    layers = packaged["num_hidden_layers"]
+    sizes = {name: packaged[name] for name in SIZES}
+    shape = {"max_window_layers": layers, "layer_types": ["full_attention"] * layers}
+    config = native_config(TEXT_CONFIG | sizes | shape)
+    codec = packing.expand_codec(ASSETS / "codec.safetensors")
+    tensors = {to_native_key(key): value for key, value in talker.items()}
+    tensors |= {CODEC_PREFIX + key: value for key, value in codec.items()}
+    # the released file has this one too, which no codec reads
+    width = len(codec["semantic_model.encoder.layer_norm.weight"])
+    tensors[CODEC_PREFIX + "semantic_model.masked_spec_embed"] = torch.zeros(width)
+    write_native(tensors, config, out)
+
+
+def random_checkpoint(out: str | Path, seed: int = 0) -> None:
+    """Write a native directory of random weights; atomic."""
     torch.manual_seed(seed)
     config = native_config(TEXT_CONFIG)
     audio = config["audio_encoder_config"]

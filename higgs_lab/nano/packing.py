@@ -8,6 +8,7 @@ value once more: the codes that the talker learnt are the codes that users get.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -160,6 +161,15 @@ def compact_ids(ids: Tensor) -> Tensor:
     return torch.where(ids < ADDED_AT, ids, ids - FIRST_ADDED_ID + ADDED_AT)
 
 
+def expand_talker(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """(text_config of the packaged file, state dict of `Talker` with the text table at full
+    height). The config's `vocab_size` is the packaged table's."""
+    state = unpack(path)
+    name = "model.embed_tokens.weight"
+    state[name] = expand_text_table(state[name])
+    return json.loads(metadata(path)["text_config"]), state
+
+
 def expand_text_table(table: Tensor, height: int = 151_936) -> Tensor:
     """[TEXT_ROWS, D] -> [height, D] with the rows at their true ids, zeros between."""
     wide = table.new_zeros((height, table.shape[1]))
@@ -182,8 +192,6 @@ def expand_whisper(path: str | Path) -> dict:
     The packaged vocabulary has a row per used token and a last row that all others share. That row
     was trained to lose: a zero row would have logit 0 and could win.
     """
-    import json
-
     tensors = unpack(path)
     dims = json.loads(metadata(path)["dims"])
     used = tensors.pop("used").long()
