@@ -59,7 +59,8 @@ def speak(requests: Sequence) -> list:
         clips = []
         for request, voice, path in zip(requests, voices, paths, strict=True):
             if voice is None:
-                clips.append(Spoken(error=f"espeak-ng has no voice for {request.row.language}"))
+                reason = f"espeak-ng has no voice for {request.row.language}"
+                clips.append(Spoken(error=reason, unsupported=True))
             elif not path.is_file():
                 clips.append(Spoken(error="espeak-ng was silent"))
             else:

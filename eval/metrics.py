@@ -1,8 +1,8 @@
 """One clip's score, and the summary of many. Nothing here loads a model.
 
-A clip that failed to speak (missing, empty, silent, runaway, loop) has all its words wrong in the
-headline, whatever the recogniser made of it: leaving such clips out would reward silence. The rate
-over the clips that did speak stands beside it as `error_valid`.
+A clip that failed (missing, empty, silent, runaway, loop, wrong language) has all its words wrong
+in the headline, whatever the recogniser made of it: leaving such clips out would reward silence.
+The rate over the clips that did speak stands beside it as `error_valid`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from eval import stats
+from eval.acoustics import AudioFacts
 from eval.languages import language
 from eval.normalize import has_digits, normalize
 from higgs_lab.tags import strip_tags
 from higgs_lab.text import speech_units
 
-METRICS_VERSION = "1"
+METRICS_VERSION = "2"
 
-FAILURES = ("missing", "empty", "silent", "runaway", "loop")
+FAILURES = ("missing", "empty", "silent", "runaway", "loop", "wrong_language")
 EMPTY_SEC = 0.2  # shorter clips hold no word
-SILENCE_DBFS = -50.0  # a 20 ms frame below this level is silence
 ACTIVE_SEC = 0.2  # less than this above the level, and the clip is silent
 RUNAWAY_FACTOR = 3.0  # times the expected duration
 LOOP_REPEATS = 4  # of the same words in a row, beyond those of the reference
 LOOP_MAX_UNITS = 20  # longest block looked at
+# The recogniser takes the sound for another language, is sure of it, and could not make out half of
+# the words. Each alone is not enough: sister languages (id and ms, hr and bs) are guessed as one
+# another where every word was understood.
+GUESS_SURE, GUESS_UNLIKELY, WRONG_LANGUAGE_ERROR = 0.8, 0.05, 0.5
 NO_SPEECH = 0.6  # Whisper's own thresholds, used to flag, never to drop
 REPETITIVE = 2.4  # text length over its zlib-compressed length
 
@@ -53,23 +55,6 @@ class Errors:
         return self.substitutions + self.deletions + self.insertions
 
 
-@dataclass(frozen=True)
-class AudioFacts:
-    """What a waveform says about itself."""
-
-    seconds: float
-    active_sec: float  # time in frames above SILENCE_DBFS
-    leading_sec: float  # silence before the first such frame; all of it in a silent clip
-    trailing_sec: float
-    loudness_dbfs: float | None  # RMS of the active frames; None in a silent clip
-    clipped_share: float  # samples at full scale
-
-    @property
-    def spoken_sec(self) -> float:
-        """From the first sound to the last."""
-        return max(0.0, self.seconds - self.leading_sec - self.trailing_sec)
-
-
 def word_errors(reference: str, hypothesis: str) -> Errors:
     """Word alignment by jiwer, of strings that are already normalised. Raises on no reference."""
     import jiwer
@@ -91,27 +76,6 @@ def char_errors(reference: str, hypothesis: str) -> Errors:
 def without_spaces(text: str, lang: str) -> str:
     """Drop spaces where they do not separate words, so that they are not scored."""
     return text.replace(" ", "") if language(lang).unit == "char" else text
-
-
-def audio_facts(wav: np.ndarray, sample_rate_hz: int) -> AudioFacts:
-    """Durations, level and clipping of a mono waveform [n] in [-1, 1]."""
-    wav = np.asarray(wav, dtype=np.float32)
-    seconds = len(wav) / sample_rate_hz
-    frame = max(1, round(0.02 * sample_rate_hz))
-    padded = np.pad(wav, (0, -len(wav) % frame)).reshape(-1, frame).astype(np.float64)
-    power = (padded**2).mean(axis=1)
-    active = np.flatnonzero(power > 10 ** (SILENCE_DBFS / 10))
-    if len(active) == 0:
-        return AudioFacts(seconds, 0.0, seconds, 0.0, None, 0.0)
-    first, last = active[0] * frame, min(len(wav), (active[-1] + 1) * frame)
-    return AudioFacts(
-        seconds=seconds,
-        active_sec=len(active) * frame / sample_rate_hz,
-        leading_sec=first / sample_rate_hz,
-        trailing_sec=(len(wav) - last) / sample_rate_hz,
-        loudness_dbfs=float(10 * np.log10(power[active].mean())),
-        clipped_share=float((np.abs(wav) >= 0.999).mean()),
-    )
 
 
 def expected_sec(text: str) -> float:
@@ -138,6 +102,7 @@ def score_clip(
     human: AudioFacts | None = None,
     hit_cap: bool = False,
     transcript: dict | None = None,
+    no_baseline: bool = False,
 ) -> dict:
     """Everything about one clip that needs no model, with the evidence kept.
 
@@ -146,7 +111,8 @@ def score_clip(
         recogniser for the language.
     audio: facts of the clip, None if there is no clip; human: facts of the human recording.
     hit_cap: generation stopped at its length cap instead of at an end token.
-    transcript: the recogniser's no_speech_prob and compression_ratio, for flags.
+    transcript: what else the recogniser said: guessed language, no_speech_prob, and so on.
+    no_baseline: the system is a baseline that does not claim this language: neither good nor bad.
 
     The keys `units`, `errors`, `chars`, `char_errors` are the headline (failures count as all
     wrong); substitutions, deletions and insertions are as heard. Without a recogniser these are
@@ -158,10 +124,12 @@ def score_clip(
             f"no words are left of {text!r} after normalising by {normalizer}: take the row out "
             "of the set"
         )
-    unit = language(lang).unit
+    unit, transcript = language(lang).unit, transcript or {}
     limit_sec = RUNAWAY_FACTOR * max(expected_sec(text), human.seconds if human else 0)
     failure = None
-    if audio is None:
+    if no_baseline:
+        audio = hypothesis = None
+    elif audio is None:
         failure = "missing"
     elif audio.seconds < EMPTY_SEC:
         failure = "empty"
@@ -170,6 +138,7 @@ def score_clip(
     elif hit_cap or audio.seconds > limit_sec:
         failure = "runaway"
     score: dict = {"unit": unit, "reference": reference, "failure": failure}
+    score |= {"no_baseline": no_baseline, "guessed": transcript.get("guessed")}
     score |= dict.fromkeys(("hypothesis", "units", "errors", "chars", "char_errors"))
     score |= dict.fromkeys(("substitutions", "deletions", "insertions"))
     if hypothesis is not None:
@@ -180,7 +149,11 @@ def score_clip(
         by_unit = word_errors(reference, heard) if unit == "word" else by_char
         split = str.split if unit == "word" else list
         if failure is None and loops(split(compact[1]), split(compact[0])):
-            failure = score["failure"] = "loop"
+            failure = "loop"
+        elif failure is None and _other_language(transcript, lang):
+            if by_unit.errors >= WRONG_LANGUAGE_ERROR * by_unit.units:
+                failure = "wrong_language"
+        score["failure"] = failure
         score |= {
             "units": by_unit.units,
             "errors": by_unit.units if failure else by_unit.errors,
@@ -190,16 +163,8 @@ def score_clip(
             "deletions": by_unit.deletions,
             "insertions": by_unit.insertions,
         }
-    score["flags"] = _flags(reference, score["hypothesis"], transcript or {}, audio)
-    if audio is not None:
-        score |= {"seconds": audio.seconds, "spoken_sec": audio.spoken_sec}
-        score["leading_sec"], score["trailing_sec"] = audio.leading_sec, audio.trailing_sec
-        score["loudness_dbfs"] = audio.loudness_dbfs
-        if audio.spoken_sec > 0:
-            score["letters_per_sec"] = len(reference.replace(" ", "")) / audio.spoken_sec
-            if human and human.spoken_sec > 0:
-                score["duration_ratio"] = audio.spoken_sec / human.spoken_sec
-    return score
+    score["flags"] = _flags(reference, score["hypothesis"], transcript, lang, audio)
+    return score | _sound(reference, audio, human)
 
 
 def summarise(scores: Sequence[dict], seed: int = 0) -> dict:
@@ -229,6 +194,17 @@ def summarise(scores: Sequence[dict], seed: int = 0) -> dict:
     return {"overall": overall, "languages": blocks}
 
 
+# Of each the median over the clips that have one.
+SOUND_MEASURES = (
+    "duration_ratio",
+    "letters_per_sec",
+    "f0_hz",
+    "f0_spread_st",
+    "loudness_lufs",
+    "leading_sec",
+    "trailing_sec",
+    "rtf",
+)
 # name, numerator, denominator, whether only clips without failure count
 _RATES = (
     ("error", "errors", "units", False),
@@ -246,6 +222,7 @@ def _block(rows: list[dict], label: str, seed: int) -> dict:
         "clips": len(rows),
         "texts": len({_cluster(row) for row in rows}),
         "judged": len(judged),
+        "no_baseline": sum(row.get("no_baseline", False) for row in rows),
         "unit": rows[0]["unit"],
         "failed": sum(failures.values()),
         "failures": {name: failures.get(name, 0) for name in FAILURES},
@@ -272,7 +249,7 @@ def _block(rows: list[dict], label: str, seed: int) -> dict:
         if having:
             values, clusters = [row[name] for row in having], [_cluster(row) for row in having]
             block[name] = stats.mean(values, clusters, label, seed).as_dict() | {"n": len(having)}
-    for name in ("duration_ratio", "letters_per_sec", "rtf"):
+    for name in SOUND_MEASURES:
         values = [row[name] for row in rows if row.get(name) is not None]
         block[f"{name}_median"] = statistics.median(values) if values else None
     return block
@@ -288,8 +265,40 @@ def _cluster(row: dict) -> tuple[str, str]:
     return row["language"], row["reference"]
 
 
-def _flags(reference: str, heard: str | None, transcript: dict, audio: AudioFacts | None) -> list:
+def _sound(reference: str, audio: AudioFacts | None, human: AudioFacts | None) -> dict:
+    """Measures of the waveform; those of a clip without speech are left out."""
+    if audio is None:
+        return {}
+    sound: dict = {"seconds": audio.seconds, "spoken_sec": audio.spoken_sec}
+    for name in ("leading_sec", "trailing_sec", "loudness_lufs", "clipped_share", "f0_hz",
+                 "f0_spread_st"):  # fmt: skip
+        sound[name] = getattr(audio, name)
+    if audio.spoken_sec > 0:
+        sound["letters_per_sec"] = len(reference.replace(" ", "")) / audio.spoken_sec
+        if human and human.spoken_sec > 0:
+            sound["duration_ratio"] = audio.spoken_sec / human.spoken_sec
+    return sound
+
+
+def _other_language(transcript: dict, lang: str) -> bool:
+    """Whether the recogniser is sure to hear a language that it was not asked for."""
+    guessed = transcript.get("guessed")
+    return (
+        guessed is not None
+        and guessed not in (lang, language(lang).code)
+        and (transcript.get("guessed_prob") or 0) >= GUESS_SURE
+        and (transcript.get("expected_prob") or 0) <= GUESS_UNLIKELY
+    )
+
+
+def _flags(
+    reference: str, heard: str | None, transcript: dict, lang: str, audio: AudioFacts | None
+) -> list[str]:
     flags = []
+    if transcript.get("error"):
+        flags.append("recogniser_error")
+    if _other_language(transcript, lang):
+        flags.append("other_language")
     if has_digits(reference) or has_digits(heard or ""):
         flags.append("digits")
     if (transcript.get("no_speech_prob") or 0) > NO_SPEECH:

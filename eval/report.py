@@ -117,7 +117,7 @@ def table(summary: dict) -> tuple[list[str], list[list[dict]]]:
             _cell(label, label),
             _cell(str(block["clips"]), block["clips"]),
             _cell(str(block["failed"]), block["failed"]),
-            _cell(f"{_percent(error)} {unit}".strip(), _value(error)),
+            _cell(_headline(block, unit), _value(error)),
             _cell(_interval(error)),
             _cell(_percent(block["error_valid"]), _value(block["error_valid"])),
             _cell(_percent(block["cer"]), _value(block["cer"])),
@@ -150,8 +150,11 @@ def notes(summary: dict) -> list[str]:
         lines.append(f"failed clips have all words wrong in 'error': {kinds}")
     for reason, count in summary["reasons"]:
         lines.append(f"{count} not spoken: {reason}")
-    if config["asr"] and overall["judged"] < overall["clips"]:
-        deaf = [c for c, b in summary["languages"].items() if not b["judged"]]
+    blocks = summary["languages"]
+    if silent := [code for code, block in blocks.items() if block["no_baseline"]]:
+        lines.append(f"no baseline in {len(silent)} languages: {', '.join(silent)}")
+    deaf = [c for c, b in blocks.items() if not b["judged"] and not b["no_baseline"]]
+    if config["asr"] and deaf:
         lines.append(f"no recogniser for {', '.join(deaf)}: no error rates there")
     if not summary["floor"] and overall["error_valid"] and overall["error_valid"]["value"] > 0.5:
         lines.append(
@@ -260,6 +263,13 @@ def _sound(out: Path, audio: str | None) -> str | None:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(wav, -1, 1), 24000, format="FLAC", subtype="PCM_16")
     return "data:audio/flac;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _headline(block: dict, unit: str) -> str:
+    """The error rate, or why there is none."""
+    if block["error"] is not None:
+        return f"{_percent(block['error'])} {unit}".strip()
+    return "no baseline" if block["no_baseline"] == block["clips"] else "no recogniser"
 
 
 def _cell(text: str, sort: object = "") -> dict:

@@ -8,7 +8,9 @@ from that one's rows.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval import metrics
+from eval.acoustics import AudioFacts, audio_facts
 from eval.sets import EvalSet
 from eval.systems import Request, Spoken, System, request_seed
 from eval.work import Ledger, chunks
@@ -49,13 +52,17 @@ def speak(
         for batch in ledger.claim(batches, "speak"):
             say = say or system.start()
             requests = [Request(by_id[id], request_seed(seed + take, id)) for id, take in batch]
-            entries = []
-            for (id, take), request, clip in zip(batch, requests, say(requests), strict=True):
+
+            def store(key: tuple, request: Request, clip: Spoken) -> dict:
+                id, take = key
                 name = file_stem(id) + (f".take{take}" if takes > 1 else "")
                 entry = {"id": id, "take": take, "seed": request.seed}
                 entry |= _store(clip, out, f"wavs/{name}.wav")
-                entries.append(entry | {"human": facts_of_human(request.row)})
-            ledger.append(entries)
+                return entry | {"human": facts_of_human(request.row)}
+
+            spoken = list(zip(batch, requests, say(requests), strict=True))
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                ledger.append(list(pool.map(lambda one: store(*one), spoken)))
         return ledger.rows
 
 
@@ -104,10 +111,11 @@ def _score_one(
         transcript["text"] if transcript.get("heard") else None,
         row.language,
         normalizer=normalizer,
-        audio=metrics.AudioFacts(**facts) if facts else None,
-        human=metrics.AudioFacts(**human) if human else None,
+        audio=AudioFacts(**facts) if facts else None,
+        human=AudioFacts(**human) if human else None,
         hit_cap=clip["hit_cap"],
         transcript=transcript,
+        no_baseline=clip["unsupported"],
     )
     if clip["took_sec"] and facts and facts["seconds"]:
         scored["rtf"] = clip["took_sec"] / facts["seconds"]
@@ -120,7 +128,7 @@ def _score_one(
 def _store(clip: Spoken, out: Path, name: str) -> dict:
     """The clip as a file and as facts; what cannot be read or written counts as not spoken."""
     entry = {"audio": None, "sha256": None, "audio_facts": None, "error": clip.error}
-    entry |= {"hit_cap": clip.hit_cap, "took_sec": clip.took_sec}
+    entry |= {"hit_cap": clip.hit_cap, "took_sec": clip.took_sec, "unsupported": clip.unsupported}
     if clip.error:
         return entry
     try:
@@ -133,20 +141,21 @@ def _store(clip: Spoken, out: Path, name: str) -> dict:
                 wav, rate_hz = read_audio(clip.audio, 24000, max_sec=None), 24000
             path = out / name
             if len(wav) == 0:  # no file can hold it, but the score should call it empty
-                return entry | {"audio_facts": asdict(metrics.audio_facts(wav, rate_hz))}
+                return entry | {"audio_facts": asdict(audio_facts(wav, rate_hz))}
             write_wav(path, wav, rate_hz)
     except (ValueError, FileNotFoundError) as error:
         return entry | {"error": str(error)}
     entry["audio"] = name if path == out / name else str(path)
     entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    entry["audio_facts"] = asdict(metrics.audio_facts(wav, rate_hz))
+    entry["audio_facts"] = asdict(audio_facts(wav, rate_hz))
     return entry
 
 
 def _facts_or_none(audio) -> dict | None:
-    if audio is None:
+    try:
+        return None if audio is None else asdict(audio_facts(read_audio(audio, 24000), 24000))
+    except (ValueError, FileNotFoundError):  # the human row counts it; here there is no ratio
         return None
-    return asdict(metrics.audio_facts(read_audio(audio, 24000), 24000))
 
 
 def read_clip(out: Path, audio: str, rate_hz: int) -> np.ndarray:

@@ -38,6 +38,7 @@ class Spoken:
     sample_rate_hz: int = 0
     audio: object = None  # Path or EmbeddedAudio: exists already, judged where it lies
     error: str = ""
+    unsupported: bool = False  # a baseline that does not claim the row's language
     hit_cap: bool = False  # ran into its length limit instead of ending by itself
     took_sec: float | None = None  # wall time, shared out within a batch
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import metrics
+from eval.acoustics import active_sec
 from eval.asr import free_memory
 from eval.sets import EvalSet
 from eval.speaker import MIN_SAMPLES, centroid, cosine, encoder_details, load_encoder
@@ -116,7 +117,6 @@ class Voices:
             wav = read_audio(source, JUDGE_HZ, max_sec=None)[: int(HEAR_SEC * JUDGE_HZ)]
         except ValueError:  # unreadable: no voice; the speech stage has counted it
             return None
-        facts = metrics.audio_facts(wav, JUDGE_HZ)
-        if len(wav) < MIN_SAMPLES or facts.active_sec < metrics.ACTIVE_SEC:
+        if len(wav) < MIN_SAMPLES or active_sec(wav, JUDGE_HZ) < metrics.ACTIVE_SEC:
             return None
         return [round(float(x), 6) for x in encoder.embed(wav)]

@@ -195,8 +195,8 @@ def test_kill_dash_nine_while_hearing(finished, judges, test_set, tmp_path):
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
     kept = transcripts.read_bytes().splitlines(keepends=True)[:2]
     again = go(judges, test_set, out)
     assert transcripts.read_bytes().startswith(b"".join(kept))
@@ -234,7 +234,8 @@ def test_every_failure_is_counted(judges, test_set, tmp_path):
     (folder / "c4.wav").write_text("this is no sound")
     summary = go(judges, test_set, tmp_path / "out", model=f"wavs:{folder}")
     block = summary["languages"]["en"]
-    assert block["failures"] == {"missing": 2, "empty": 1, "silent": 1, "runaway": 0, "loop": 0}
+    counts = {name: n for name, n in block["failures"].items() if n}
+    assert counts == {"missing": 2, "empty": 1, "silent": 1}
     assert block["judged"] == 6
     scores = {row["id"]: row for row in stage(tmp_path / "out", "scores")}
     assert all(scores[f"c{n}"]["errors"] == scores[f"c{n}"]["units"] == 5 for n in (2, 3, 4, 5))

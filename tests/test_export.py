@@ -160,7 +160,8 @@ def test_what_stands_beside_the_weights(nano, tuned):
 
 def test_card_tells_data_consent_and_evaluation(nano, adapter, tmp_path):
     """Stated or not stated; never silent. The table is made of what eval.run writes."""
-    from eval.metrics import AudioFacts, score_clip, summarise
+    from eval.acoustics import AudioFacts
+    from eval.metrics import score_clip, summarise
 
     fine = AudioFacts(2.0, 1.8, 0.1, 0.1, -25.0, 0.0)
     heard = ("one two three four", "one too three four")

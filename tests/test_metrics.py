@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import jiwer
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics import (
-    AudioFacts,
-    audio_facts,
-    char_errors,
-    loops,
-    score_clip,
-    summarise,
-    word_errors,
-)
+from eval.acoustics import AudioFacts
+from eval.metrics import char_errors, loops, score_clip, summarise, word_errors
 
 FINE = AudioFacts(2.0, 1.8, 0.1, 0.1, -25.0, 0.0)
+FRENCH = {"guessed": "fr", "guessed_prob": 0.97, "expected_prob": 0.01}
 words = st.lists(st.sampled_from("a b c der dir हिन्दी был".split()), max_size=12).map(" ".join)
 
 
@@ -69,6 +62,7 @@ def test_an_empty_reference_raises():
         ("runaway", dict(audio=AudioFacts(30.0, 29.0, 0, 0, -20.0, 0))),
         ("runaway", dict(hit_cap=True)),
         ("loop", dict(heard="one two three four " + "three four " * 4)),
+        ("wrong_language", dict(heard="won to tree for", transcript=FRENCH)),
     ],
 )
 def test_a_failed_clip_has_all_its_words_wrong_whatever_was_heard(failure, options):
@@ -81,6 +75,28 @@ def test_a_failed_clip_has_all_its_words_wrong_whatever_was_heard(failure, optio
     assert summary["error"]["value"] == pytest.approx(0.5)
     assert summary["error_valid"]["value"] == 0
     assert summary["failed"] == summary["failures"][failure] == 1
+
+
+def test_a_language_guess_fails_a_clip_only_if_sure_and_if_the_words_are_wrong_too():
+    """Sister languages are guessed as one another; clips of a word or two as anything."""
+    understood = clip(transcript=FRENCH)
+    assert understood["failure"] is None and understood["flags"] == ["other_language"]
+    for unsure in ({"guessed_prob": 0.7}, {"expected_prob": 0.2}, {"guessed": "en"}):
+        score = clip(heard="won to tree for", transcript=FRENCH | unsure)
+        assert score["failure"] is None and score["flags"] == []
+    assert clip(heard="won to tree for", transcript={"guessed": None})["failure"] is None
+
+
+def test_insertions_beyond_the_reference_count_and_no_failure_hides_them():
+    score = clip(heard="one two three four and five more words here")
+    assert score["failure"] is None and score["errors"] == 5 and score["units"] == 4
+
+
+def test_a_baseline_that_does_not_claim_a_language_is_neither_good_nor_bad():
+    summary = summarise([clip(), clip(audio=None, heard=None, no_baseline=True, lang="sw")])
+    swahili = summary["languages"]["sw"]
+    assert swahili["no_baseline"] == 1 and swahili["failed"] == 0 and swahili["error"] is None
+    assert summary["overall"]["error"]["value"] == 0 and summary["overall"]["clips"] == 2
 
 
 def test_leaving_a_clip_out_is_not_better_than_speaking_it_badly():
@@ -154,32 +170,25 @@ def test_similarity_is_averaged_over_the_clips_that_have_one():
 
 
 def test_flags_do_not_fail_a_clip():
-    heard = {"no_speech_prob": 0.9, "compression_ratio": 3.0, "cut": True}
+    heard = {"no_speech_prob": 0.9, "compression_ratio": 3.0, "cut": True, "error": "no memory"}
     score = clip("room 9", "room nine", transcript=heard)
-    assert set(score["flags"]) == {"digits", "no_speech", "repetitive", "transcript_cut"}
+    assert set(score["flags"]) == {
+        "digits", "no_speech", "repetitive", "transcript_cut", "recogniser_error"
+    }  # fmt: skip
     assert score["failure"] is None and score["errors"] == 1
-
-
-def test_audio_facts_of_known_waves():
-    rate = 16000
-    tone = 0.1 * np.sin(2 * np.pi * 220 * np.arange(rate) / rate)
-    wav = np.concatenate([np.zeros(rate // 2), tone, np.zeros(rate // 4)])
-    facts = audio_facts(wav, rate)
-    assert facts.seconds == pytest.approx(1.75)
-    assert facts.leading_sec == pytest.approx(0.5, abs=0.02)
-    assert facts.trailing_sec == pytest.approx(0.25, abs=0.02)
-    assert facts.active_sec == pytest.approx(1.0, abs=0.04)
-    assert facts.loudness_dbfs == pytest.approx(-23.0, abs=0.2)
-    assert audio_facts(np.ones(rate), rate).clipped_share == 1.0
-
-
-def test_silence_and_faint_hiss_have_no_active_time():
-    assert audio_facts(np.zeros(16000), 16000).active_sec == 0
-    hiss = 10 ** (-60 / 20) * np.random.default_rng(0).normal(size=16000)
-    assert audio_facts(hiss, 16000).active_sec == 0
-    assert audio_facts(np.zeros(0), 16000).seconds == 0
 
 
 def test_duration_ratio_compares_speech_without_the_silence_around_it():
     human = AudioFacts(4.0, 1.8, 1.0, 1.2, -25.0, 0.0)
     assert clip(human=human)["duration_ratio"] == pytest.approx(1.0)
+
+
+def test_the_summary_holds_medians_of_what_the_sound_says():
+    low, high = (
+        AudioFacts(2.0, 1.6, lead, 0.1, -25.0, 0.0, 120.0 + lead, 2.0) for lead in (0.1, 0.3)
+    )
+    block = summarise([clip(audio=low), clip(audio=high), clip(audio=None, heard="")])["overall"]
+    assert block["leading_sec_median"] == pytest.approx(0.2)
+    assert block["f0_hz_median"] == pytest.approx(120.2) and block["f0_spread_st_median"] == 2.0
+    assert block["loudness_lufs_median"] == -25.0 and block["duration_ratio_median"] is None
+    assert block["letters_per_sec_median"] == pytest.approx((15 / 1.8 + 15 / 1.6) / 2)

@@ -162,4 +162,4 @@ def forget_redirects() -> None:
 
     for name, module in list(sys.modules.items()):
         if issubclass(type(module), LazyModule):
-            del sys.modules[name]
+            sys.modules.pop(name, None)  # another thread may do the same
