@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from eval import stats
 from eval.acoustics import AudioFacts
 from eval.languages import language
-from eval.normalize import has_digits, normalize
+from eval.normalize import error_unit, has_digits, normalize
+from eval.protocols import PROTOCOLS, published_rate
 from higgs_lab.tags import strip_tags
 from higgs_lab.text import speech_units
 
@@ -124,7 +125,7 @@ def score_clip(
             f"no words are left of {text!r} after normalising by {normalizer}: take the row out "
             "of the set"
         )
-    unit, transcript = language(lang).unit, transcript or {}
+    unit, transcript = error_unit(lang, normalizer), transcript or {}
     limit_sec = RUNAWAY_FACTOR * max(expected_sec(text), human.seconds if human else 0)
     failure = None
     if no_baseline:
@@ -142,9 +143,11 @@ def score_clip(
     score |= dict.fromkeys(("hypothesis", "units", "errors", "chars", "char_errors"))
     score |= dict.fromkeys(("substitutions", "deletions", "insertions"))
     if hypothesis is not None:
-        heard = normalize(hypothesis, lang, normalizer)
+        heard = normalize(hypothesis, lang, normalizer, heard=True)
         score["hypothesis"] = heard
-        compact = without_spaces(reference, lang), without_spaces(heard, lang)
+        compact = reference, heard
+        if normalizer not in PROTOCOLS:  # those have dropped the spaces that they do not count
+            compact = without_spaces(reference, lang), without_spaces(heard, lang)
         by_char = char_errors(*compact)
         by_unit = word_errors(reference, heard) if unit == "word" else by_char
         split = str.split if unit == "word" else list
@@ -167,11 +170,12 @@ def score_clip(
     return score | _sound(reference, audio, human)
 
 
-def summarise(scores: Sequence[dict], seed: int = 0) -> dict:
+def summarise(scores: Sequence[dict], seed: int = 0, normalizer: str = "fair") -> dict:
     """Summary of scored clips: one block per language and one over all.
 
     Each score is `score_clip`'s dict plus `language`, and optionally `sim_ref`, `sim_target`
     (cosines) and `rtf`. Over several languages the headline is the mean of their rates (macro).
+    Where `normalizer` is a protocol, `published` is the rate as its own script would average it.
 
     Raises ValueError for an empty set.
     """
@@ -191,7 +195,21 @@ def summarise(scores: Sequence[dict], seed: int = 0) -> dict:
                 if _columns(rows, *columns)[0]
             }
             overall[name] = stats.macro(groups, seed).as_dict() if groups else None
+    _add_published(overall, blocks, by_language, normalizer)
     return {"overall": overall, "languages": blocks}
+
+
+def _add_published(overall: dict, blocks: dict, by_language: dict, normalizer: str) -> None:
+    """A protocol's own rate of each language, and their mean over languages."""
+    for code, rows in by_language.items():
+        is_protocol = normalizer in PROTOCOLS
+        blocks[code]["published"] = published_rate(rows, normalizer) if is_protocol else None
+    rates = [block["published"] for block in blocks.values() if block["published"]]
+    overall["published"] = None
+    if rates:
+        mean = statistics.fmean(rate["value"] for rate in rates)
+        counts = {key: sum(rate[key] for rate in rates) for key in ("clips", "left_out")}
+        overall["published"] = {"value": mean, "average": rates[0]["average"]} | counts
 
 
 # Of each the median over the clips that have one.

@@ -6,10 +6,16 @@ into spaces too, which deletes the vowels of Hindi, Tamil, Thai, Burmese and the
 with them; it is not offered. What only some orthographies allow (dropping Arabic points, reading
 ё as е) is in `RULES`, per language, never global.
 
-Two decisions that a reader of the numbers should know: digits are not spelled out (rows with
-digits are flagged in the scores), and Chinese is brought to simplified characters only where the
-package `opencc` is installed (the version string then says so).
+Decisions that a reader of the numbers should know:
 
+- Numbers. A recogniser writes "21" or "twenty-one" as it likes, so whole numbers are spelled out on
+  both sides by num2words, in the languages of `SPELLED`; "3.5" becomes "three five". Elsewhere, and
+  where letters touch the digits ("21st"), digits stay, and the scores flag such rows. A number that
+  has several readings ("1984") costs a clip nothing if the recogniser writes digits, as most do.
+- Chinese and Cantonese are brought to simplified characters by OpenCC, phrase by phrase: which set
+  a recogniser writes says nothing about the speech.
+
+Beside `fair` stand `whisper-english` and the protocols of published benchmarks (eval.protocols).
 Every normaliser has a version; it goes into each result, and runs of different versions are not
 compared.
 """
@@ -18,15 +24,29 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import re
 import unicodedata
 from dataclasses import dataclass, field
 
 from eval.languages import language
+from eval.protocols import PROTOCOLS, protocol_text, protocol_unit
 
-NORMALIZERS = ("fair", "whisper-english")
-FAIR_VERSION = "1"
+NORMALIZERS = ("fair", "whisper-english", *PROTOCOLS)
+FAIR_VERSION = "2"
+
+# Languages whose numbers num2words spells as they are read, and its name for them. It has am, cy,
+# kn, te and tr too, but not so that they can be compared: wrong words, the old Welsh twenties,
+# Turkish numbers written as one word.
+SPELLED = {
+    code: code
+    for code in (
+        "ar az be bn ca cs da de en eo es fa fi fr he hu id is it ja ko lt lv nl no pl ro ru sk sl "
+        "sr sv tg th uk vi"
+    ).split()
+} | {"kk": "kz", "pt": "pt_BR"}
+_NUMBER = re.compile(r"(?<!\S)[0-9]+(?!\S)")
+_NUMBER_IN_RUNNING_SCRIPT = re.compile(r"(?<![0-9a-z])[0-9]+(?![0-9a-z])")  # no spaces around it
+_MAX_DIGITS = 12  # longer ones are read digit by digit, as are those that begin with 0
 
 # Typographic variants of the apostrophe, including the letters that Uzbek, Hawaiian and Hebrew
 # texts use for it. The acute accent must be caught before NFKC makes a combining mark of it.
@@ -110,12 +130,16 @@ def fair(text: str, lang: str) -> str:
     text = unicodedata.normalize("NFKC", text)
     for old, new in rule.replace.items():
         text = text.replace(old, new)
-    if code == "zh" and (simplify := _simplifier()):
-        text = simplify(text)
     text = "".join(_ascii_digit(c) for c in text)
     text = _THOUSANDS.sub("", text)
     text = "".join(_kept_or_space(text, i) for i in range(len(text)))
-    return " ".join(word for word in map(_without_leading_marks, text.split()) if word)
+    text = " ".join(word for word in map(_without_leading_marks, text.split()) if word)
+    if code in ("zh", "yue"):
+        text = _simplifier().convert(text)
+    if code in SPELLED:
+        pattern = _NUMBER_IN_RUNNING_SCRIPT if language(code).unit == "char" else _NUMBER
+        text = pattern.sub(lambda found: _spelled(found[0], code), text)
+    return text
 
 
 def whisper_english(text: str, lang: str) -> str:
@@ -131,27 +155,41 @@ def whisper_english(text: str, lang: str) -> str:
     return _whisper_english()(text).strip()
 
 
-def normalize(text: str, lang: str, name: str = "fair") -> str:
-    """`text` as it is compared in language `lang`, by the normaliser called `name`."""
+def normalize(text: str, lang: str, name: str = "fair", *, heard: bool = False) -> str:
+    """`text` as it is compared in language `lang`, by the normaliser called `name`.
+
+    heard: the text is a recogniser's; two of the protocols treat that differently, `fair` does not.
+    Raises ValueError for an unknown name or a language that the normaliser is not for.
+    """
     if name == "fair":
         return fair(text, lang)
     if name == "whisper-english":
         return whisper_english(text, lang)
+    if name in PROTOCOLS:
+        return protocol_text(text, lang, name, heard)
     raise ValueError(f"unknown normaliser {name!r}; known: {', '.join(NORMALIZERS)}")
+
+
+def error_unit(lang: str, name: str = "fair") -> str:
+    """ "word" or "char": what an error rate counts in a language under a normaliser."""
+    return protocol_unit(lang, name) if name in PROTOCOLS else language(lang).unit
 
 
 def normalizer_version(name: str = "fair") -> str:
     """Name and version, as recorded in every result."""
     if name == "fair":
-        simplified = f"+opencc{importlib.metadata.version('opencc')}" if _has_opencc() else ""
-        return f"fair-{FAIR_VERSION}{simplified}"
+        packages = ("num2words", "opencc")
+        versions = "".join(f"+{p}{importlib.metadata.version(p)}" for p in packages)
+        return f"fair-{FAIR_VERSION}{versions}"
     if name == "whisper-english":
         return f"whisper-english-{importlib.metadata.version('openai-whisper')}"
+    if name in PROTOCOLS:
+        return PROTOCOLS[name].version
     raise ValueError(f"unknown normaliser {name!r}; known: {', '.join(NORMALIZERS)}")
 
 
 def has_digits(text: str) -> bool:
-    """Whether a text holds digits, which are not spelled out: 'nine' is then no match for '9'."""
+    """Whether digits are left in a text: "nine" is no match for "9" then."""
     return any(unicodedata.category(c) == "Nd" for c in text)
 
 
@@ -177,17 +215,23 @@ def _ascii_digit(char: str) -> str:
     return str(unicodedata.digit(char)) if unicodedata.category(char) == "Nd" else char
 
 
-def _has_opencc() -> bool:
-    return importlib.util.find_spec("opencc") is not None
+@functools.lru_cache(maxsize=10_000)
+def _spelled(digits: str, code: str) -> str:
+    """A whole number in words, normalised like any text of the language."""
+    from num2words import num2words
+
+    parts = list(digits) if digits[0] == "0" or len(digits) > _MAX_DIGITS else [digits]
+    words = " ".join(num2words(int(part), lang=SPELLED[code]) for part in parts)
+    if code == "ar":
+        words = words.replace(" و ", " و")  # the conjunction is written with the word after it
+    return fair(words, code)
 
 
 @functools.cache
 def _simplifier():
-    if not _has_opencc():
-        return None
     from opencc import OpenCC
 
-    return OpenCC("t2s").convert
+    return OpenCC("t2s")
 
 
 @functools.cache

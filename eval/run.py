@@ -87,7 +87,7 @@ def evaluate(
         voices = Voices(out, speaker, device, cache)
         voices.embed(speech, test_set)
         scores = stages.score(speech, transcripts, voices, test_set, out, normalizer)
-        summary = metrics.summarise(scores, seed)
+        summary = metrics.summarise(scores, seed, normalizer)
         summary |= {
             "config": config,
             "reasons": Counter(row["error"] for row in scores if row["error"]).most_common(3),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from eval.languages import LANGUAGES
 from eval.normalize import (
     NORMALIZERS,
+    SPELLED,
     fair,
     has_digits,
     normalize,
@@ -22,8 +25,19 @@ PAIRS = [
     ("en", "Hello,  World!", "hello world"),
     ("en", "Don’t — it's John`s.", "don't it's john's"),
     ("en", "'quoted' rock 'n' roll dogs'", "quoted rock n roll dogs"),
-    ("en", "well-known, 3.5 % of $1,000,000", "well known 3 5 of 1000000"),
-    ("en", "ＦＵＬＬ ｗｉｄｔｈ １２", "full width 12"),
+    ("en", "well-known, 3.5 % of $1,000,000", "well known three five of one million"),
+    (
+        "en",
+        "in 1984, room 007",
+        "in one thousand nine hundred and eighty four room zero zero seven",
+    ),
+    ("en", "on the 21st", "on the 21st"),
+    ("de", "21 Fälle", "einundzwanzig fälle"),
+    ("pt", "mil e 21", "mil e vinte e um"),
+    ("ja", "２５人", "二十五人"),
+    ("th", "๒๑คน", "ยี่สิบเอ็ดคน"),
+    ("ar", "٢١ كتاب", "واحد وعشرون كتاب"),
+    ("en", "ＦＵＬＬ ｗｉｄｔｈ １２", "full width twelve"),
     ("en", "I ❤️ it 👍🏽", "i it"),
     ("en", "co\u00adoperate\u200b", "cooperate"),
     ("de", "Straße, GROẞ", "strasse gross"),
@@ -57,6 +71,8 @@ PAIRS = [
     ("yo", "ọjọ́ dára", "ọjọ́ dára"),
     ("vi", "Tiếng Việt?", "tiếng việt"),
     ("zh", "今天，天气很好！", "今天 天气很好"),
+    ("zh", "計程車後來很貴，乾隆", "计程车后来很贵 乾隆"),
+    ("ja", "計程車", "計程車"),
     ("ja", "カタカナ・ﾃﾞｽ。", "カタカナ デス"),
     ("ko", "안녕, 세상!", "안녕 세상"),
     ("am", "ሰላም፡ዓለም።", "ሰላም ዓለም"),
@@ -66,6 +82,81 @@ PAIRS = [
 @pytest.mark.parametrize(("lang", "written", "compared"), PAIRS)
 def test_fair_pairs(lang, written, compared):
     assert fair(written, lang) == unicodedata.normalize("NFKC", compared)
+
+
+def read_pairs() -> list[list[str]]:
+    lines = (Path(__file__).parent / "data/normalize_pairs.tsv").read_text(encoding="utf-8")
+    return [line.split("\t") for line in lines.splitlines()[1:]]
+
+
+def test_every_language_has_three_sentences_that_its_orthography_must_pass():
+    """As written (quoted, in capitals, decomposed, with its own marks and digits), as compared."""
+    pairs = read_pairs()
+    assert {code: n for code, n in Counter(code for code, *_ in pairs).items() if n < 3} == {}
+    assert {code for code, *_ in pairs} == set(LANGUAGES)
+    for code, written, compared in pairs:
+        assert fair(written, code) == compared, (code, written)
+        assert fair(compared, code) == compared
+
+
+def test_every_sentence_is_in_the_script_of_its_language():
+    names = {"Latn": "LATIN", "Cyrl": "CYRILLIC", "Arab": "ARABIC", "Deva": "DEVANAGARI",
+             "Beng": "BENGALI", "Hans": "CJK", "Hant": "CJK", "Kore": "HANGUL", "Ethi": "ETHIOPIC",
+             "Tibt": "TIBETAN", "Grek": "GREEK", "Hebr": "HEBREW", "Armn": "ARMENIAN",
+             "Geor": "GEORGIAN", "Taml": "TAMIL", "Telu": "TELUGU", "Knda": "KANNADA",
+             "Mlym": "MALAYALAM", "Gujr": "GUJARATI", "Guru": "GURMUKHI", "Orya": "ORIYA",
+             "Sinh": "SINHALA", "Thai": "THAI", "Laoo": "LAO", "Khmr": "KHMER",
+             "Mymr": "MYANMAR"}  # fmt: skip
+    for code, written, _ in read_pairs():
+        script = LANGUAGES[code].script
+        letters = [unicodedata.name(c) for c in written if unicodedata.category(c)[0] == "L"]
+        known = ("HIRAGANA", "KATAKANA", "HALFWIDTH", "CJK") if script == "Jpan" else names[script]
+        own = [name for name in letters if name.startswith(known)]
+        assert len(own) > 0.9 * len(letters), (code, written)
+
+
+# Script as Unicode names it: a consonant, languages.
+_SCRIPTS = {
+    "DEVANAGARI": "क hi mr ne", "BENGALI": "ক bn as", "TAMIL": "க ta", "TELUGU": "క te",
+    "KANNADA": "ಕ kn", "MALAYALAM": "ക ml", "GUJARATI": "ક gu", "GURMUKHI": "ਕ pa",
+    "ORIYA": "କ or", "SINHALA": "ක si", "KHMER": "ក km", "LAO": "ກ lo", "THAI": "ก th",
+    "MYANMAR": "က my", "TIBETAN": "ཀ bo",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", _SCRIPTS)
+def test_no_language_loses_a_vowel_sign(script):
+    """Every vowel sign of the script, between consonants: kept, and no word divided."""
+    chars = [chr(code) for code in range(0x900, 0x1800) if unicodedata.name(chr(code), "")
+             .startswith((f"{script} VOWEL SIGN", f"{script} CHARACTER SARA"))]  # fmt: skip
+    consonant, *codes = _SCRIPTS[script].split()
+    assert len(chars) >= 5
+    for code in codes:
+        for sign in chars:
+            word = unicodedata.normalize("NFKC", consonant + sign + consonant)
+            assert fair(f"({word})", code) == word, (code, unicodedata.name(sign))
+
+
+@pytest.mark.parametrize("code", sorted(SPELLED))
+def test_numbers_are_spelled_in_the_script_of_the_language_and_stay(code):
+    for number in (0, 1, 7, 10, 15, 21, 99, 100, 105, 999, 1000, 1984, 20500, 10**6, 10**11):
+        words = fair(str(number), code)
+        assert words and not has_digits(words)
+        assert fair(words, code) == words
+        # The writing of the language itself, or Serbian's, which is compared in Latin letters.
+        script = {"sr": "LATIN", "ja": "CJK", "ko": "HANGUL"}.get(code)
+        sample = next(c for c in fair(read_pairs_of(code), code) if c.isalpha())
+        expected = script or unicodedata.name(sample).split()[0]
+        assert all(unicodedata.name(c).startswith(expected) for c in words if c.isalpha()), words
+
+
+def read_pairs_of(code: str) -> str:
+    return next(written for lang, written, _ in read_pairs() if lang == code)
+
+
+def test_numbers_that_num2words_cannot_spell_stay_and_are_flagged():
+    assert fair("我有 21 本书", "zh") == "我有 21 本书" and has_digits(fair("21", "zu"))
+    assert fair("1" * 14, "en").split() == ["one"] * 14
 
 
 @pytest.mark.parametrize(
@@ -130,6 +221,12 @@ def test_every_normaliser_has_a_version_and_an_unknown_one_names_the_known():
     assert len(set(versions)) == len(versions) and versions[0].startswith("fair-")
     with pytest.raises(ValueError, match="unknown normaliser 'basic'; known: fair"):
         normalize("a", "en", "basic")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), max_size=8))
+def test_simplifying_twice_is_simplifying_once(text):
+    assert fair(fair(text, "zh"), "zh") == fair(text, "zh")
 
 
 def test_digits_are_noticed_in_any_script():
