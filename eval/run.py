@@ -23,9 +23,9 @@ from eval.asr import recognizer_details
 from eval.hear import hear
 from eval.normalize import NORMALIZERS, normalizer_version
 from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
-from eval.speaker import encoder_details
+from eval.speaker import check_independent, encoder_details
 from eval.systems import System, open_system
-from eval.voices import Voices
+from eval.voices import Voices, calibrated, similarity_pairs
 from eval.work import Locks, local_device, rank
 from higgs_lab.nano import cache_folder
 from higgs_lab.runlog import atomic_path, provenance, remove_leftovers, write_json_atomic
@@ -44,6 +44,7 @@ def evaluate(
     asr_fp16: bool = False,
     device: str | None = None,
     floor: str | Path | None = None,
+    mined_with: str | None = None,
     cache: str | Path | None = None,
 ) -> dict:
     """Run, resume or join one evaluation in folder `out`; returns the summary.
@@ -51,6 +52,7 @@ def evaluate(
     asr, speaker: name or path of the judges, or "none" to leave one out.
     takes: clips of each text, spoken with the seeds `seed`, `seed + 1`, ...
     floor: folder of a finished run of the human recordings of the same set.
+    mined_with: encoder that chose the references, if one did; it must not be the one that scores.
     cache: folder where transcripts and embeddings are kept across runs by the sound's hash and the
         judge's revision and options; None keeps none.
 
@@ -61,6 +63,9 @@ def evaluate(
         raise ValueError(
             f"takes={takes}: {system.name} says a text in one way, so one take is all there is"
         )
+    encoder = None if speaker == "none" else encoder_details(speaker)
+    if encoder and mined_with:
+        check_independent(encoder, mined_with)
     out = Path(out)
     languages = {row.language for row in test_set.rows}
     config = {
@@ -74,7 +79,7 @@ def evaluate(
         "seed": seed,
         "takes": takes,
         "asr": None if asr == "none" else recognizer_details(asr, asr_fp16, languages),
-        "encoder": None if speaker == "none" else encoder_details(speaker),
+        "encoder": encoder,
         "normalizer": normalizer_version(normalizer),
         "metrics": metrics.METRICS_VERSION,
     }
@@ -88,11 +93,15 @@ def evaluate(
         voices.embed(speech, test_set)
         scores = stages.score(speech, transcripts, voices, test_set, out, normalizer)
         summary = metrics.summarise(scores, seed, normalizer)
+        scale = voices.calibration(test_set)
+        for block in (summary["overall"], *summary["languages"].values()):
+            block |= calibrated(block, scale)
         summary |= {
             "config": config,
             "reasons": Counter(row["error"] for row in scores if row["error"]).most_common(3),
             "references": test_set.references,
-            "similarity_pairs": voices.calibration(test_set),
+            "similarity_scale": scale,
+            "similarity_pairs": similarity_pairs(scale),
             "floor": floor_summary,
             "provenance": provenance(),
         }
@@ -164,7 +173,9 @@ def parser() -> argparse.ArgumentParser:
     add("--takes", type=int, default=1, help="clips of each text, with seeds from --seed on")
     add("--asr", default="large-v3", help="Whisper, mms, auto, nano, none, ...: see eval.asr")
     add("--asr-fp16", action="store_true", help="recognise in half precision (GPU)")
-    add("--speaker", default="speechbrain/spkrec-ecapa-voxceleb", help="ECAPA name, folder, none")
+    add("--speaker", default="speechbrain/spkrec-ecapa-voxceleb",
+        help="ECAPA or WavLM x-vector encoder: hub name, folder, nano, none")  # fmt: skip
+    add("--mined-with", help="encoder that chose the references; refused if it is --speaker")
     add("--normalizer", default="fair", choices=NORMALIZERS)
     add("--sampling", nargs="*", default=[], metavar="KEY=VALUE", help="such as temperature=0.7")
     add("--batch", type=int, help="clips spoken at once; requests in flight for a server")
@@ -209,6 +220,7 @@ def main(argv: list[str] | None = None) -> dict:
             asr_fp16=args.asr_fp16,
             device=device,
             floor=args.floor,
+            mined_with=args.mined_with,
             cache=None if args.cache == "none" else args.cache or cache_folder() / "eval",
         )
     except (ValueError, OSError, ImportError) as error:

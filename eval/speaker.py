@@ -1,8 +1,9 @@
 """Voices: waveform at 16 kHz in, a unit vector out; cosines between them.
 
-SpeechBrain's ECAPA-TDNN, by hub name or folder. Cosines of different encoders live on different
-scales and are never comparable: the encoder's name and revision go into every result. Training
-references mined with one encoder should be scored with another.
+SpeechBrain's ECAPA-TDNN, or a WavLM with an x-vector head (eval.speaker_wavlm), by hub name or
+folder. Cosines of different encoders live on different scales and are never comparable: the
+encoder's name and revision go into every result. References mined with one encoder are scored with
+another (`check_independent`): the first would find its own choice good.
 """
 
 from __future__ import annotations
@@ -18,28 +19,41 @@ import numpy as np
 from higgs_lab.nano.judges import forget_redirects
 
 SAMPLE_RATE_HZ = 16000
-MIN_SAMPLES = 1600  # 0.1 s; shorter clips give too few frames to pool
+_MODEL_FILES = (".yaml", ".ckpt", ".txt", ".json", ".safetensors", ".bin")
 
 
 class SpeakerEncoder:
-    """A SpeechBrain encoder on its device. name: as the user gave it."""
+    """What all encoders do. name: as the user gave it; min_samples: the shortest clip."""
+
+    name: str
+    min_samples: int
+
+    def embed(self, wav: np.ndarray) -> np.ndarray:
+        """Unit-length embedding [E] of mono float32 [n] at 16 kHz, n >= min_samples."""
+        if len(wav) < self.min_samples:
+            raise ValueError(
+                f"a clip of {len(wav) / SAMPLE_RATE_HZ:.3f} s is too short for a voice; "
+                f"{self.min_samples / SAMPLE_RATE_HZ} s is the least"
+            )
+        return unit(self._vector(np.ascontiguousarray(wav, dtype=np.float32)))
+
+    def _vector(self, wav: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+class EcapaEncoder(SpeakerEncoder):
+    """A SpeechBrain encoder on its device."""
+
+    min_samples = 1600  # 0.1 s; shorter clips give too few frames to pool
 
     def __init__(self, model, name: str):
         self.model, self.name = model, name
 
-    def embed(self, wav: np.ndarray) -> np.ndarray:
-        """Unit-length embedding [E] of mono float32 [n] at 16 kHz, n >= 1600 (0.1 s)."""
+    def _vector(self, wav: np.ndarray) -> np.ndarray:
         import torch
 
-        if len(wav) < MIN_SAMPLES:
-            raise ValueError(
-                f"a clip of {len(wav) / SAMPLE_RATE_HZ:.3f} s is too short for a voice; "
-                f"{MIN_SAMPLES / SAMPLE_RATE_HZ} s is the least"
-            )
         with torch.inference_mode():
-            batch = torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32))[None]
-            vector = self.model.encode_batch(batch).reshape(-1).float().cpu().numpy()
-        return unit(vector)
+            return self.model.encode_batch(torch.from_numpy(wav)[None]).reshape(-1).cpu().numpy()
 
 
 def encoder_details(spec: str) -> dict:
@@ -52,19 +66,46 @@ def encoder_title(details: dict) -> str:
     return f"{Path(details['name'].split('@')[0]).name}@{details['revision'][:8]}"
 
 
+def check_independent(scorer: dict, mined_with: str) -> None:
+    """Refuse an encoder that also chose the references. scorer: `encoder_details` of it.
+
+    mined_with: the other's name or folder. Raises ValueError if it is the same model: by its hub
+    name, or, of a folder, by its files.
+    """
+    if mined_with.partition("@")[0] != scorer["name"].partition("@")[0]:
+        local = mined_with == "nano" or Path(mined_with).is_dir()
+        if not local or encoder_details(mined_with)["revision"] != scorer["revision"]:
+            return
+    raise ValueError(
+        f"the references were mined with {mined_with}, which is the encoder that scores: it finds "
+        "its own choice similar. Score with another one (--speaker)"
+    )
+
+
 def load_encoder(spec: str, device: str | None = None) -> SpeakerEncoder:
-    """Load a SpeechBrain encoder from a folder or a hub name ("org/name" or "org/name@revision").
+    """Load an encoder from a folder or a hub name ("org/name" or "org/name@revision").
 
-    The folder is only read; nothing is written into it or into the working folder. A hyperparams
-    file is code that SpeechBrain runs: load only folders that you trust.
+    A SpeechBrain folder is only read; nothing is written into it or into the working folder. Its
+    hyperparams file is code that SpeechBrain runs: load only folders that you trust.
 
-    Raises FileNotFoundError for a folder without hyperparams.yaml, and says what was looked for.
+    Raises FileNotFoundError for a folder of neither kind, ValueError for a model of another class.
     """
     import torch
-    from speechbrain.inference.classifiers import EncoderClassifier
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, _ = _resolve(spec)
+    if (folder / "hyperparams.yaml").is_file():
+        return _load_ecapa(folder, spec, device)
+    from eval.speaker_wavlm import load_wavlm
+
+    # Of a hub model only the small files are here yet.
+    is_hub = spec != "nano" and not Path(spec).is_dir()
+    return load_wavlm(folder, spec, {"revision": folder.name} if is_hub else {}, device)
+
+
+def _load_ecapa(folder: Path, spec: str, device: str) -> EcapaEncoder:
+    from speechbrain.inference.classifiers import EncoderClassifier
+
     # Published files name their hub repository in `pretrained_path`; left alone, loading a local
     # copy would go to the network for the weights.
     text = (folder / "hyperparams.yaml").read_text(encoding="utf-8")
@@ -82,7 +123,7 @@ def load_encoder(spec: str, device: str | None = None) -> SpeakerEncoder:
         )
     forget_redirects()
     model.eval()
-    return SpeakerEncoder(model, spec)
+    return EcapaEncoder(model, spec)
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -113,9 +154,10 @@ def _resolve(spec: str) -> tuple[Path, str]:
 
         path = nano_ecapa()
     if path.is_dir():
-        if not (path / "hyperparams.yaml").is_file():
+        if not any((path / name).is_file() for name in ("hyperparams.yaml", "config.json")):
             raise FileNotFoundError(
-                f"encoder folder {spec} has no hyperparams.yaml: give a SpeechBrain model folder"
+                f"encoder folder {spec} has neither hyperparams.yaml nor config.json: give a "
+                "SpeechBrain or a WavLM model's folder"
             )
         return path.resolve(), _hash(path)
     if spec.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", spec):
@@ -126,7 +168,8 @@ def _resolve(spec: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     name, _, wanted = spec.partition("@")
-    patterns = ["*.yaml", "*.ckpt", "*.txt"]
+    # All of a SpeechBrain model; of a transformers model what tells its class.
+    patterns = ["*.yaml", "*.ckpt", "*.txt", "*config.json"]
     folder = Path(snapshot_download(name, revision=wanted or None, allow_patterns=patterns))
     return folder, folder.name[:16]  # the snapshot folder is named by its commit
 
@@ -135,6 +178,8 @@ def _hash(folder: Path) -> str:
     """First 16 hex digits of a sha256 over the model files, names included."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".yaml", ".ckpt", ".txt") and file.is_file():
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        if file.suffix in _MODEL_FILES and file.is_file():
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ from eval import metrics
 from eval.acoustics import active_sec
 from eval.asr import free_memory
 from eval.sets import EvalSet
-from eval.speaker import MIN_SAMPLES, centroid, cosine, encoder_details, load_encoder
+from eval.speaker import centroid, cosine, encoder_details, load_encoder
 from eval.stages import HEAR_SEC, JUDGE_HZ
 from eval.work import Cache, Ledger, chunks
 from higgs_lab.audio import read_audio
@@ -82,26 +82,39 @@ class Voices:
         return result
 
     def calibration(self, test_set: EvalSet) -> dict | None:
-        """Mean cosine of two recordings of one speaker, and of two speakers, in this very set.
+        """How this encoder tells the voices of this very set apart: the scale of similarities.
 
-        The scale to read similarities on: an encoder's cosines mean nothing by themselves.
+        Per measure the cosines of the set's own recordings: "sim_ref" between two clips,
+        "sim_target" between a clip and a speaker's centroid (of the speaker's other clips). Means
+        of the same and of different speakers, their pairs, and the equal error rate, at which a
+        threshold takes one for the other. None without two recordings.
         """
-        labelled = [
+        clips = [
             (speaker, vector)
             for speaker, rows in test_set.voices.items()
             for sha in sorted({self.hash(row.audio) for row in rows} if self.vectors else ())
             if (vector := self.vectors.get(sha)) is not None
         ]
-        if len(labelled) < 2:
+        if len(clips) < 2:
             return None
-        cosines = np.stack([v for _, v in labelled]) @ np.stack([v for _, v in labelled]).T
-        names = np.array([speaker for speaker, _ in labelled])
-        above = np.triu(np.ones_like(cosines, dtype=bool), 1)
-        same = (names[:, None] == names[None]) & above
-        pairs = {"same_speaker": cosines[same], "different_speakers": cosines[above & ~same]}
+        names = np.array([speaker for speaker, _ in clips])
+        vectors = np.stack([vector for _, vector in clips])
+        same = names[:, None] == names[None]
+        above = np.triu(np.ones_like(same), 1)
+        to_clip = vectors @ vectors.T
+        # To centroids: a clip is left out of its own speaker's.
+        speakers = list(dict.fromkeys(names))
+        own, to_voice = [], []
+        for i, vector in enumerate(vectors):
+            for speaker in speakers:
+                of_speaker = (names == speaker) & (np.arange(len(names)) != i)
+                if of_speaker.any():
+                    own.append(names[i] == speaker)
+                    to_voice.append(vector @ centroid(list(vectors[of_speaker])))
+        own, to_voice = np.array(own, dtype=bool), np.array(to_voice)
         return {
-            name: {"mean": float(values.mean()) if len(values) else None, "pairs": len(values)}
-            for name, values in pairs.items()
+            "sim_ref": _scale(to_clip[same & above], to_clip[~same & above]),
+            "sim_target": _scale(to_voice[own], to_voice[~own]),
         }
 
     def hash(self, audio) -> str:
@@ -117,6 +130,53 @@ class Voices:
             wav = read_audio(source, JUDGE_HZ, max_sec=None)[: int(HEAR_SEC * JUDGE_HZ)]
         except ValueError:  # unreadable: no voice; the speech stage has counted it
             return None
-        if len(wav) < MIN_SAMPLES or active_sec(wav, JUDGE_HZ) < metrics.ACTIVE_SEC:
+        if len(wav) < encoder.min_samples or active_sec(wav, JUDGE_HZ) < metrics.ACTIVE_SEC:
             return None
         return [round(float(x), 6) for x in encoder.embed(wav)]
+
+
+def calibrated(block: dict, calibration: dict | None) -> dict:
+    """Mean similarities of a summary's block on a scale of its set's own recordings.
+
+    0 is what different speakers reach, 1 what two recordings of one speaker do; None where the set
+    cannot say (one speaker, or one recording of each).
+    """
+    found = {}
+    for name in ("sim_ref", "sim_target"):
+        scale, value = (calibration or {}).get(name) or {}, block[name]
+        low, high = scale.get("different"), scale.get("same")
+        known = value is not None and low is not None and high is not None and high > low
+        found[f"{name}_calibrated"] = (value["value"] - low) / (high - low) if known else None
+    return found
+
+
+def similarity_pairs(calibration: dict | None) -> dict | None:
+    """The set's own pairs of clips in short: mean cosine and count."""
+    if calibration is None:
+        return None
+    scale = calibration["sim_ref"]
+    names = (("same_speaker", "same"), ("different_speakers", "different"))
+    return {
+        name: {"mean": scale[key], "pairs": count}
+        for (name, key), count in zip(names, scale["pairs"], strict=True)
+    }
+
+
+def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float | None:
+    """Where as many same pairs lie below a threshold as different ones lie at or above it."""
+    if not len(same) or not len(different):
+        return None
+    thresholds = np.unique(np.concatenate([same, different, [np.inf]]))
+    misses = np.searchsorted(np.sort(same), thresholds) / len(same)
+    alarms = 1 - np.searchsorted(np.sort(different), thresholds) / len(different)
+    nearest = int(np.argmin(np.abs(misses - alarms)))
+    return float((misses[nearest] + alarms[nearest]) / 2)
+
+
+def _scale(same: np.ndarray, different: np.ndarray) -> dict:
+    return {
+        "same": float(same.mean()) if len(same) else None,
+        "different": float(different.mean()) if len(different) else None,
+        "pairs": [len(same), len(different)],
+        "eer": equal_error_rate(same, different),
+    }

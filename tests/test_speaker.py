@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from eval.speaker import centroid, cosine, encoder_details, encoder_title, load_encoder, unit
+from eval.speaker import (
+    centroid,
+    check_independent,
+    cosine,
+    encoder_details,
+    encoder_title,
+    load_encoder,
+    unit,
+)
 from higgs_lab.nano.judges import random_ecapa
+from tests.tiny_judges import tiny_mms, tiny_wavlm, tones
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +117,65 @@ def test_centroid_is_the_direction_of_the_mean():
 
 
 def test_bad_sources_and_clips_say_what_is_wanted(encoder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no hyperparams.yaml"):
+    with pytest.raises(FileNotFoundError, match="has neither hyperparams.yaml nor config.json"):
         load_encoder(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub name"):
         load_encoder("/no/such/folder")
     with pytest.raises(ValueError, match="too short for a voice"):
         encoder.embed(np.ones(100, dtype=np.float32))
+
+
+@pytest.fixture(scope="module")
+def wavlm(tmp_path_factory):
+    return tiny_wavlm(tmp_path_factory.mktemp("wavlm") / "tiny-sv")
+
+
+def test_wavlm_embeds_as_transformers_does(wavlm):
+    from transformers import Wav2Vec2FeatureExtractor, WavLMForXVector
+
+    encoder, wav = load_encoder(str(wavlm), "cpu"), tones(24000)
+    inputs = Wav2Vec2FeatureExtractor.from_pretrained(wavlm)(
+        wav, sampling_rate=16000, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        model = WavLMForXVector.from_pretrained(wavlm).eval()
+        expected = model(inputs.input_values).embeddings[0].numpy()
+    assert np.allclose(encoder.embed(wav), expected / np.linalg.norm(expected), atol=1e-6)
+    assert not np.allclose(encoder.embed(wav), encoder.embed(tones(24000, seed=1)), atol=1e-4)
+
+
+def test_wavlm_takes_its_shortest_clip_and_refuses_a_shorter_one(wavlm):
+    """Its layers reach over many frames; SpeechBrain's do not."""
+    encoder = load_encoder(str(wavlm), "cpu")
+    assert 0.1 < encoder.min_samples / 16000 < 0.5
+    assert np.isfinite(encoder.embed(tones(encoder.min_samples))).all()
+    with pytest.raises(ValueError, match="too short for a voice"):
+        encoder.embed(tones(encoder.min_samples - 1))
+
+
+def test_wavlm_is_told_apart_by_its_weights_and_names_its_column(wavlm, tmp_path):
+    details = encoder_details(str(wavlm))
+    assert encoder_title(details) == f"tiny-sv@{details['revision'][:8]}"
+    assert encoder_details(str(tiny_wavlm(tmp_path / "other", seed=1))) != details
+    again = encoder_details(str(tiny_wavlm(tmp_path / "again")))
+    assert again["revision"] == details["revision"]
+
+
+def test_another_transformers_model_is_no_encoder(tmp_path):
+    folder = tiny_mms(tmp_path / "mms", {"eng": "ab"})
+    with pytest.raises(ValueError, match="is a Wav2Vec2ForCTC, not a WavLMForXVector"):
+        load_encoder(str(folder), "cpu")
+
+
+def test_the_encoder_that_mined_references_does_not_score(folder, wavlm, tmp_path):
+    """Known by its hub name at any revision, a folder by its files wherever it lies."""
+    ecapa = encoder_details(str(folder))
+    copy = random_ecapa(tmp_path / "copy", seed=1)
+    for miner in (str(folder), str(copy)):
+        with pytest.raises(ValueError, match="mined with .* Score with another one"):
+            check_independent(ecapa, miner)
+    for miner in (str(wavlm), "org/some-other-encoder"):
+        check_independent(ecapa, miner)
+    hub = {"name": "org/ecapa@main", "revision": "1"}
+    with pytest.raises(ValueError, match="mined with org/ecapa@v2"):
+        check_independent(hub, "org/ecapa@v2")
