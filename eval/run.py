@@ -21,7 +21,9 @@ from pathlib import Path
 from eval import metrics, report, stages
 from eval.asr import recognizer_details
 from eval.hear import hear
-from eval.normalize import NORMALIZERS, normalizer_version
+from eval.normalize import NORMALIZERS, normalize, normalizer_version
+from eval.protocols import PROTOCOLS
+from eval.public_sets import PUBLIC_SETS
 from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
 from eval.speaker import check_independent, encoder_details
 from eval.systems import System, open_system
@@ -29,6 +31,7 @@ from eval.voices import Voices, calibrated, similarity_pairs
 from eval.work import Locks, local_device, rank
 from higgs_lab.nano import cache_folder
 from higgs_lab.runlog import atomic_path, provenance, remove_leftovers, write_json_atomic
+from higgs_lab.tags import strip_tags
 
 
 def evaluate(
@@ -63,6 +66,9 @@ def evaluate(
         raise ValueError(
             f"takes={takes}: {system.name} says a text in one way, so one take is all there is"
         )
+    for row in test_set.rows:  # what would be refused after hours of speaking is refused here
+        if not normalize(strip_tags(row.text), row.language, normalizer):
+            raise ValueError(f"{row.where}: no words are left of {row.text!r} by {normalizer}")
     encoder = None if speaker == "none" else encoder_details(speaker)
     if encoder and mined_with:
         check_independent(encoder, mined_with)
@@ -141,6 +147,21 @@ def _joined(out: Path) -> Iterator[Locks]:
             yield locks
 
 
+def _judges(asr: str | None, normalizer: str | None, test_set: EvalSet) -> tuple[str, str]:
+    """Recogniser and normaliser: as given, else what the set's protocol has; says what it chose."""
+    public = test_set.public
+    if public is None:
+        return asr or "large-v3", normalizer or "fair"
+    chosen = asr or public.asr, normalizer or public.protocol or "fair"
+    if rank()[0] == 0:
+        print(f"{test_set.name}: texts compared by {chosen[1]}, heard by {chosen[0]}")
+        if public.protocol and chosen[1] != public.protocol:
+            print(f"  published figures on this set follow --normalizer {public.protocol}")
+        elif public.protocol:
+            print(f"  published figures were heard by {PROTOCOLS[public.protocol].recognizers}")
+    return chosen
+
+
 def _options(pairs: Sequence[str]) -> dict:
     """key=value pairs as a dict, values read as YAML."""
     import yaml
@@ -163,7 +184,13 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="checkpoint, human, wavs:FOLDER, espeak or http://server")
     add("--adapter", help="LoRA adapter folder, with a checkpoint")
-    add("--set", required=True, help="manifest (.jsonl), data folder, CSV, or hub name")
+    add(
+        "--set",
+        required=True,
+        help="manifest (.jsonl), data folder, CSV, hub name, or one of "
+        f"{', '.join(PUBLIC_SETS)}: see eval.public_sets",
+    )
+    add("--set-path", help="folder of a public set that is not to be fetched")
     add("--split", help="split of the set")
     add("--language", help="language of rows that name none")
     add("--langs", default="", help="languages to keep, such as tier1,de,zh")
@@ -171,12 +198,15 @@ def parser() -> argparse.ArgumentParser:
     add("--refs", default="auto", choices=REFERENCE_CHOICES, help="where references come from")
     add("--seed", type=int, default=0, help="of sampling, of --limit, of references")
     add("--takes", type=int, default=1, help="clips of each text, with seeds from --seed on")
-    add("--asr", default="large-v3", help="Whisper, mms, auto, nano, none, ...: see eval.asr")
+    add(
+        "--asr",
+        help="Whisper, mms, auto, nano, none, ...: see eval.asr (default: the set's, or large-v3)",
+    )
     add("--asr-fp16", action="store_true", help="recognise in half precision (GPU)")
     add("--speaker", default="speechbrain/spkrec-ecapa-voxceleb",
         help="ECAPA or WavLM x-vector encoder: hub name, folder, nano, none")  # fmt: skip
     add("--mined-with", help="encoder that chose the references; refused if it is --speaker")
-    add("--normalizer", default="fair", choices=NORMALIZERS)
+    add("--normalizer", choices=NORMALIZERS, help="default: the public set's protocol, or fair")
     add("--sampling", nargs="*", default=[], metavar="KEY=VALUE", help="such as temperature=0.7")
     add("--batch", type=int, help="clips spoken at once; requests in flight for a server")
     add("--dialect", default="vllm", choices=("vllm", "sglang"), help="of a server")
@@ -207,14 +237,16 @@ def main(argv: list[str] | None = None) -> dict:
             limit=args.limit,
             refs=args.refs,
             seed=args.seed,
+            folder=args.set_path,
         )
+        asr, normalizer = _judges(args.asr, args.normalizer, test_set)
         summary = evaluate(
             system,
             test_set,
             args.out,
-            asr=args.asr,
+            asr=asr,
             speaker=args.speaker,
-            normalizer=args.normalizer,
+            normalizer=normalizer,
             seed=args.seed,
             takes=args.takes,
             asr_fp16=args.asr_fp16,

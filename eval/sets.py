@@ -1,5 +1,7 @@
 """What is to be spoken, in whose voice: rows of a test set, chosen and given references.
 
+A set is a manifest, data that `open_data` reads, or one that others publish (eval.public_sets).
+
 A row's reference is never the recording it is tested on, whatever its file is called, and never
 has its text: a model could then copy the answer.
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from eval.languages import language, select_languages
 from eval.normalize import normalize
+from eval.public_sets import PublicSet, public_set, read_public
 from higgs_lab.manifest import Utterance, open_data, read_manifest
 from higgs_lab.tags import check_text, strip_tags
 
@@ -27,6 +30,7 @@ class EvalSet:
     rows: tuple[Utterance, ...]  # to be spoken; language is filled in, references are final
     voices: dict[str, tuple[Utterance, ...]]  # speaker -> recordings, for the speaker's centroid
     references: dict[str, int]  # how many rows got their reference from where
+    public: PublicSet | None = None  # if others publish it: their protocol and recogniser
 
     @property
     def revision(self) -> str:
@@ -51,8 +55,10 @@ def load_set(
     refs: str = "auto",
     seed: int = 0,
     centroid_clips: int = 20,
+    folder: str | Path | None = None,
 ) -> EvalSet:
-    """Read a set: a JSONL manifest (audio optional), or anything that `open_data` reads.
+    """Read a set: a JSONL manifest (audio optional), the name of a public set such as "fleurs" or
+    "seed-tts-eval:zh", or anything that `open_data` reads.
 
     default_language: for rows that name none. langs: keep these ("tier1", "de", ...; empty: all).
     limit: at most so many rows of each language, drawn by `seed`; a larger limit contains a
@@ -62,6 +68,7 @@ def load_set(
         second, else none; "none": no reference.
     centroid_clips: recordings of each speaker kept for the voice that similarity is measured to;
         taken from the whole set, so that `limit` does not change them.
+    folder: where a public set lies; None fetches it from the hub.
 
     Raises ValueError naming the row and the fix: no language or an unknown one, a text without
     words or with unknown tags, two equal rows, no rows left, no
@@ -71,18 +78,23 @@ def load_set(
         raise ValueError(f"refs={refs!r}: choose one of {', '.join(REFERENCE_CHOICES)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: at least one row is needed")
-    path = Path(source)
-    rows = read_manifest(path) if path.suffix == ".jsonl" else open_data(source, split=split)
-    if split and path.suffix == ".jsonl":
-        rows = [row for row in rows if row.split == split]
-    rows = [_with_language(row, default_language) for row in rows]
-    if langs:
-        wanted = select_languages(list(langs))
-        rows = [row for row in rows if row.language in wanted]
+    path, public = Path(source), public_set(source)
+    wanted = select_languages(list(langs)) if langs else None
+    if public:
+        rows = read_public(source, folder, wanted, split or "")
+    elif folder is not None:
+        raise ValueError(f"--set-path says where a public set lies; {source!r} is none")
+    else:
+        rows = read_manifest(path) if path.suffix == ".jsonl" else open_data(source, split=split)
+        if split and path.suffix == ".jsonl":
+            rows = [row for row in rows if row.split == split]
+        rows = [_with_language(row, default_language) for row in rows]
+        if wanted is not None:
+            rows = [row for row in rows if row.language in wanted]
     if not rows:
         chosen = f" in {', '.join(langs)}" * bool(langs) + f" of split {split!r}" * bool(split)
         raise ValueError(f"{source} has no rows{chosen}: nothing to evaluate")
-    _check(rows)
+    _check(rows, published=public is not None)
     chosen = _limited(rows, limit, seed)
     by_speaker: dict[tuple, list[Utterance]] = {}
     for row in rows:
@@ -98,6 +110,7 @@ def load_set(
         rows=tuple(given),
         voices=_voices(rows, {row.speaker for row in chosen}, centroid_clips),
         references=dict(counts),
+        public=public[0] if public else None,
     )
 
 
@@ -119,16 +132,17 @@ def _with_language(row: Utterance, default: str | None) -> Utterance:
         raise ValueError(f"{row.where}, field language: {error}") from error
 
 
-def _check(rows: Sequence[Utterance]) -> None:
+def _check(rows: Sequence[Utterance], published: bool) -> None:
+    """Refuse what would be scored wrongly. A published set keeps rows that it has twice."""
     seen: dict[tuple, str] = {}
     for row in rows:
         check_text(row.text, f"{row.where}, field text")
-        if not normalize(strip_tags(row.text), row.language):
+        if not _words(row.text, row):
             raise ValueError(
                 f"{row.where}, field text: {row.text!r} has no words to recognise; take it out"
             )
         key = (row.text, row.language, row.speaker, str(row.audio), str(row.ref_audio))
-        if key in seen:
+        if key in seen and not published:
             raise ValueError(
                 f"{row.where}: the same text, speaker and audio as {seen[key]}; a repeated row "
                 "counts twice, take one out (several takes of a text: --takes)"
@@ -159,12 +173,16 @@ def _with_reference(
                 f"{row.where}, field ref_audio: holds the same sound as the row's audio; the "
                 "answer would be given away: name another clip"
             )
+        if row.ref_text and _words(row.ref_text, row) == _words(row.text, row):
+            raise ValueError(
+                f"{row.where}, field ref_text: says the same as the row's text; the answer would "
+                "be given away: name another clip"
+            )
         return row, "manifest"
     if refs in ("auto", "speaker"):
-        spoken = normalize(strip_tags(row.text), row.language)
         candidates = by_speaker.get((row.speaker, row.language), [])
         for other in draw_order(candidates, "reference", seed, row.id):
-            if other.id == row.id or normalize(strip_tags(other.text), other.language) == spoken:
+            if other.id == row.id or _words(other.text, row) == _words(row.text, row):
                 continue
             if row.audio is not None and same_audio(other.audio, row.audio):
                 continue
@@ -197,6 +215,10 @@ def same_audio(a, b) -> bool:
             return False
     with a.open("rb") as one, b.open("rb") as two:
         return one.read() == two.read()
+
+
+def _words(text: str, row: Utterance) -> str:
+    return normalize(strip_tags(text), row.language)
 
 
 def _name(audio) -> str | None:

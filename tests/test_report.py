@@ -126,7 +126,7 @@ def test_diff_pieces():
 
 def test_notes_tell_what_the_numbers_hide():
     scores = [
-        scored("a", "room 9", "room nine"),
+        scored("a", "the 9th", "the ninth"),
         scored("b", "one two", "", audio=None),
         scored("c", "kunye", None, "zu"),
     ]
