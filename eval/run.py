@@ -182,7 +182,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint, human, wavs:FOLDER, espeak or http://server")
+    add("--model", required=True, help="checkpoint, http://server, cmd:COMMAND, wavs:FOLDER, "
+        "espeak, human, codec:CHECKPOINT: see eval.systems")  # fmt: skip
     add("--adapter", help="LoRA adapter folder, with a checkpoint")
     add(
         "--set",

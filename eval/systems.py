@@ -1,4 +1,5 @@
-"""Who speaks: a checkpoint, a server, a folder of wavs, espeak-ng, or the set's own recordings.
+"""Who speaks: a checkpoint, a server, a folder of wavs, a command line, espeak-ng; or the set's own
+recordings, as they are or through a codec.
 
 A system is a name, the details that decide its sound (recorded, and compared on resume), and a way
 to start it. Nothing is loaded before it is needed.
@@ -67,26 +68,40 @@ def open_system(
     """A system by what `model` says.
 
     - "human": the recordings of the set; what the recogniser makes of them is its floor
+    - "codec:CHECKPOINT": those recordings through the checkpoint's codec and back; no talker on top
+      of it can do better, so it is the ceiling
     - "wavs:FOLDER": FOLDER/<id>.wav (or .flac, ...); another tool's output
     - "espeak": espeak-ng in the row's language, through the package espeakng-loader
+    - "cmd:COMMAND": any command line, see eval.command
     - "http://...": a server that speaks /v1/audio/speech, in the given dialect
     - anything else: a checkpoint for `higgs_lab.load` (folder, hub name[@revision], "nano"), with
       an optional adapter
 
     sampling: options that replace the defaults; `Sampling`'s for a checkpoint, the request's for a
-        server. batch: clips at once (a checkpoint), or requests in flight (a server).
+        server. batch: clips at once (a checkpoint), requests in flight (a server), or commands at
+        once (one that is run for each clip).
     Raises ValueError or FileNotFoundError saying what can be given.
     """
     sampling = dict(sampling or {})
-    kind = model.split(":", 1)[0]
-    if kind in ("human", "wavs", "espeak", "http", "https") and adapter:
+    kind, _, rest = model.partition(":")
+    plain = ("human", "codec", "wavs", "cmd", "espeak")
+    if kind in (*plain, "http", "https") and adapter:
         raise ValueError(f"--adapter goes with a checkpoint; {model!r} speaks as it is")
-    if kind in ("human", "wavs", "espeak") and sampling:
+    if kind in plain and sampling:
         raise ValueError(f"{model!r} takes no sampling options, but got {', '.join(sampling)}")
     if model == "human":
         return System("human", {"kind": "human"}, lambda: _speak_human, 16, random=False)
     if kind == "wavs":
-        return _wavs(Path(model.split(":", 1)[1]))
+        return _wavs(Path(rest))
+    if kind == "codec":
+        return _codec(rest, device, batch or 16)
+    if kind == "cmd":
+        from eval import command
+
+        seeded = not command.is_per_clip(rest) or "{seed}" in rest
+        details = {"kind": "cmd", "command": rest}
+        start = functools.partial(command.start, rest, batch or 1)
+        return System(model, details, start, max(command.AT_ONCE, batch or 1), random=seeded)
     if model == "espeak":
         from eval.espeak import speak, version
 
@@ -128,6 +143,45 @@ def _wavs(folder: Path) -> System:
 
     details = {"kind": "wavs", "folder": folder.resolve().name}
     return System(f"wavs:{folder.name}", details, lambda: speak, 16, random=False)
+
+
+def _codec(model: str, device: str | None, batch: int) -> System:
+    from higgs_lab.checkpoint import resolve_checkpoint
+
+    if not model:
+        raise ValueError("write codec:CHECKPOINT, such as codec:bosonai/higgs-tts-3-4b")
+    checkpoint = resolve_checkpoint(model)
+
+    def start() -> Speak:
+        import torch
+
+        from higgs_lab.codec import Codec
+
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return functools.partial(_speak_through, Codec.from_pretrained(checkpoint.path, where))
+
+    details = {"kind": "codec", "name": checkpoint.name, "revision": checkpoint.revision}
+    details["weights"] = fingerprint(checkpoint.path)
+    return System(f"codec:{model}", details, start, batch, random=False)
+
+
+def _speak_through(codec, requests: Sequence[Request]) -> list[Spoken]:
+    """The human recordings as the codec gives them back."""
+    from higgs_lab.audio import read_audio
+
+    clips: dict[int, Spoken] = {}
+    wavs: dict[int, np.ndarray] = {}
+    for number, spoken in enumerate(_speak_human(requests)):
+        try:
+            if spoken.error:
+                raise ValueError(spoken.error)
+            wavs[number] = read_audio(spoken.audio, codec.sample_rate_hz)
+        except (ValueError, FileNotFoundError) as error:
+            clips[number] = Spoken(error=str(error))
+    decoded = codec.decode_batch(codec.encode_batch(list(wavs.values())))
+    for (number, wav), back in zip(wavs.items(), decoded, strict=True):
+        clips[number] = Spoken(back[: len(wav)], codec.sample_rate_hz)  # whole frames are longer
+    return [clips[number] for number in range(len(requests))]
 
 
 # Statuses that mean "this request is wrong"; anything else means that the server is.

@@ -77,12 +77,13 @@ from worker import serve
 def transcribe(requests):
     if len(requests) > 1: raise RuntimeError("no batches")
     if requests[0]["id"] == "1": raise OSError("broken clip")
-    return [{"text": " a a ", "avg_logprob": -0.5, "guessed": "xh", "guessed_prob": 0.9}]
+    return [{"text": " a a ", "avg_logprob": -0.5, "guessed": "xho_Latn", "guessed_prob": 0.9}]
 serve(lambda: transcribe, "w", "1")
 """
     one, two, three = worker(source).transcribe_all(CLIPS, ["zu"] * 3)
     assert one.text == three.text == "a a" and one.avg_logprob == -0.5
     assert one.guessed == "xh" and one.guessed_prob == 0.9 and one.error == ""
+    assert one.expected_prob is None
     assert two.text == "" and two.error == "OSError: broken clip"
 
 
@@ -150,7 +151,7 @@ def test_a_worker_that_answers_garbage_or_dies(worker, reply, message):
 
 def test_a_worker_ends_with_its_recogniser_even_if_it_does_not_listen(worker, monkeypatch):
     recognizer = worker(f"import time\nprint({HELLO!r}, flush=True)\ntime.sleep(600)")
-    process = recognizer._process
+    process = recognizer._worker._process
     wait = process.wait
     monkeypatch.setattr(process, "wait", lambda limit=None: wait(limit and 0.1))
     begin = time.monotonic()

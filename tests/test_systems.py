@@ -183,6 +183,23 @@ def test_espeak_speaks_where_it_has_a_voice():
     assert "no voice for zu" in zulu.error and zulu.unsupported
 
 
+def test_codec_gives_the_recordings_back_as_it_hears_them(nano, tmp_path):
+    from higgs_lab.codec import Codec
+
+    audio, bad = tone(tmp_path, "a.wav", 1.2), tmp_path / "bad.wav"
+    bad.write_text("no sound")
+    system = open_system("codec:nano", device="cpu")
+    rows = [row("a", audio=audio), row("b"), row("c", audio=bad)]
+    spoken, missing, unreadable = system.start()([Request(r, 0) for r in rows])
+    codec, wav = Codec.from_pretrained(nano), read_audio(audio, 24000)
+    assert np.allclose(spoken.wav, codec.decode(codec.encode(wav))[: len(wav)], atol=1e-5)
+    assert len(spoken.wav) == len(wav) and spoken.took_sec is None
+    assert missing.error == "the row has no audio" and "cannot be read as audio" in unreadable.error
+    assert not system.random and system.details["weights"] == fingerprint(nano)
+    with pytest.raises(ValueError, match="write codec:CHECKPOINT"):
+        open_system("codec:")
+
+
 def test_real_recordings_go_through(speech_dir):
     from eval.sets import load_set
 
