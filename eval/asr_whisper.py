@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +31,18 @@ class WhisperRecognizer(Recognizer):
     """openai-whisper with fixed, repeatable settings.
 
     precision: fp32, fp16 or bf16, of weights and arithmetic. batch: clips decoded at once; 1 is
-    openai-whisper's own loop; None is as many as memory allows.
+    openai-whisper's own loop; None is as many as memory allows. languages: Whisper's codes of those
+    that it was trained on, if these are fewer than its tokens.
     """
 
-    def __init__(self, model, name: str, precision: str = "fp32", batch: int | None = None):
+    def __init__(
+        self,
+        model,
+        name: str,
+        precision: str = "fp32",
+        batch: int | None = None,
+        languages: Collection[str] | None = None,
+    ):
         import torch
         from whisper.tokenizer import LANGUAGES
 
@@ -45,6 +53,8 @@ class WhisperRecognizer(Recognizer):
             self._languages = set(list(LANGUAGES)[: model.num_languages])
         else:
             self._languages = {"en"}
+        if languages is not None:
+            self._languages &= set(languages)
         dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         dtype = dtypes[precision]
         self.model = in_precision(model, dtype)
@@ -212,7 +222,10 @@ def load_whisper(
             f"'model_state_dict'): {error}"
         ) from error
     model.eval()
-    return WhisperRecognizer(model, spec, "fp16" if fp16 else "fp32", batch)
+    languages = None
+    if spec == "nano":
+        from higgs_lab.nano import LANGUAGES as languages
+    return WhisperRecognizer(model, spec, "fp16" if fp16 else "fp32", batch, languages)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,13 @@ def test_it_hears_every_language_of_the_family(recognizer):
     assert rate < 0.05
 
 
+def test_languages_that_it_never_met_have_no_recogniser(recognizer):
+    """Its vocabulary has tokens for 99; it would write the nearest words it knows."""
+    assert all(recognizer.hears(language) for language in LANGUAGES)
+    assert not recognizer.hears("pl") and not recognizer.hears("yue")
+    assert recognizer.transcribe_all([np.zeros(16000, np.float32)], ["pl"]) == [None]
+
+
 def test_the_language_is_forced(recognizer):
     """German numbers asked for as English are written in English letters, if in any words."""
     (clip,) = held_out("de", 1, seed=8)

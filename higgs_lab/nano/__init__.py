@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# What the family speaks and hears; others are beyond it, whatever its vocabulary has a token for.
+LANGUAGES = ("en", "de", "es", "fr", "it", "ru", "el", "hi", "zh")
 ASSETS = HERE / "assets"  # packaged weights, see packing.py
 
 

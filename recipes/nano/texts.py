@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import random
 
-LANGUAGES = ("en", "de", "es", "fr", "it", "ru", "el", "hi", "zh")
+from higgs_lab.nano import LANGUAGES
+
 ESPEAK_LANGUAGE = {"en": "en-us", "zh": "cmn", "fr": "fr"}
 NUMBER_LANGUAGES = tuple(code for code in LANGUAGES if code != "en")
 
