@@ -18,7 +18,8 @@ from pathlib import Path
 from eval.languages import language, select_languages
 from eval.normalize import normalize
 from eval.public_sets import PublicSet, public_set, read_public
-from higgs_lab.manifest import Utterance, open_data, read_manifest
+from higgs_lab.corpora import open_data
+from higgs_lab.manifest import Utterance, read_manifest
 from higgs_lab.tags import check_text, strip_tags
 
 REFERENCE_CHOICES = ("auto", "manifest", "speaker", "none")

@@ -104,8 +104,9 @@ def generate_each(
     so many rows that the half minute is worth it. An adapter that is not merged, quantised weights
     and autocast go through the modules, slower.
     """
-    from higgs_lab.decoding import Decoder, requests_of
+    from higgs_lab.decoding import Decoder
     from higgs_lab.engine import Engine
+    from higgs_lab.slots import requests_of
 
     settings = _per_prompt(prompts, sampling)
     if not prompts:

@@ -13,9 +13,10 @@ writes it, training reads it. One row:
     audio       text              where the recording came from
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,10 +101,25 @@ def save_prepared(
     columns = {name: [row[name] for row in rows] for name in features}
     data = datasets.Dataset.from_dict(columns, features=features)
     with atomic_path(path) as temporary:
-        data.save_to_disk(str(temporary))
+        with _without_bars():
+            data.save_to_disk(str(temporary))
         write_json_atomic(temporary / INFO, {"format": FORMAT, **info})
         lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects]
         (temporary / "rejects.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """The bars of `datasets` would be lines of noise beside our own progress."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def assign_splits(rows: list[dict], split_valid: float, seed: int = 0) -> None:

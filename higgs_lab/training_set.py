@@ -73,22 +73,17 @@ class TrainingSet:
         columns = _columns(rows, ("text", "speaker", "frames", "ref_text"))
         self.texts, self.frames = columns["text"], np.array(columns["frames"])
         self.text_ids = [len(vocab.encode(text, f"row {i}")) for i, text in enumerate(self.texts)]
-        refs = _columns(rows, ("ref_codes",))["ref_codes"]
-        self.own = [0 if ref is None else len(ref) for ref in refs]  # frames of own reference
+        self.own = _own_frames(rows)  # of the row's own reference, 0 where there is none
         self.own_text = columns["ref_text"]
-        keys = [text_key(text) for text in self.texts]
-        speakers: dict[str, list[int]] = defaultdict(list)
+        self.keys = [text_key(text) for text in self.texts]
+        self.speakers = columns["speaker"]
+        self.pools: dict[str, list[int]] = defaultdict(list)  # speaker -> rows fit as references
+        self.place: dict[int, int] = {}  # row -> where it stands in its speaker's pool
         limit = max_ref_sec * vocab.frame_rate_hz
-        for i, speaker in enumerate(columns["speaker"]):
+        for i, speaker in enumerate(self.speakers):
             if speaker is not None and K <= self.frames[i] <= limit:
-                speakers[speaker].append(i)
-        self.pool = [
-            [j for j in speakers.get(speaker, ()) if j != i and keys[j] != keys[i]]
-            if len(speakers.get(speaker, ())) <= 2000
-            else speakers[speaker]  # too many to list for each row; filtered when drawn
-            for i, speaker in enumerate(columns["speaker"])
-        ]
-        self.keys = keys
+                self.place[i] = len(self.pools[speaker])
+                self.pools[speaker].append(i)
         self.choices = lru_cache(maxsize=2)(self._choices)
 
     def __len__(self) -> int:
@@ -107,20 +102,24 @@ class TrainingSet:
         with_text = mode < self.modes.clone_text
         if self.own[i] >= self.vocab.num_codebooks:
             choice = Choice(OWN, with_text and bool(self.own_text[i]))
-        elif self.pool[i]:
-            pool = self.pool[i]
-            start = int(pick * len(pool))
-            for step in range(len(pool)):
-                j = pool[(start + step) % len(pool)]
-                if j != i and self.keys[j] != self.keys[i]:
-                    break
-            else:
-                return none
-            choice = Choice(j, with_text)
+        elif (other := self._other_clip(i, pick)) is not None:
+            choice = Choice(other, with_text)
         else:
             return none
         budget = self.budget_positions
         return none if budget is not None and self._length(i, choice) > budget else choice
+
+    def _other_clip(self, i: int, pick: float) -> int | None:
+        """A row of the same speaker with another text; pick in [0, 1) chooses among all of them."""
+        pool, mine = self.pools.get(self.speakers[i], ()), self.place.get(i)
+        others = len(pool) - (mine is not None)
+        start = int(pick * others)
+        for step in range(others):
+            at = (start + step) % others
+            j = pool[at + (mine is not None and at >= mine)]  # the row itself is passed over
+            if self.keys[j] != self.keys[i]:
+                return j
+        return None
 
     def _length(self, i: int, choice: Choice) -> int:
         K = self.vocab.num_codebooks
@@ -164,6 +163,19 @@ class TrainingSet:
 
 def _codes(value) -> Tensor:
     return torch.as_tensor(np.asarray(value, dtype=np.int64))
+
+
+def _own_frames(rows: Sequence[dict]) -> list[int]:
+    """Frames of each row's own reference; a `datasets.Dataset` is asked for lengths alone."""
+    if not hasattr(rows, "select_columns"):
+        return [len(row["ref_codes"]) for row in rows]
+    import pyarrow.compute
+
+    frames = []
+    for part in rows.select_columns(["ref_codes"]).with_format("arrow").iter(1000):
+        for chunk in part["ref_codes"].chunks:
+            frames += pyarrow.compute.list_value_length(chunk.storage).to_pylist()
+    return frames
 
 
 def _columns(rows: Sequence[dict], names: tuple[str, ...]) -> dict[str, list]:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from higgs_lab.audio import audio_info, write_wav
 from higgs_lab.config import one_line_errors
-from higgs_lab.manifest import Utterance, open_data, write_manifest
+from higgs_lab.corpora import open_data
+from higgs_lab.manifest import Utterance, write_manifest
 from higgs_lab.prepared import text_key
 from higgs_lab.runlog import duration
 

@@ -10,6 +10,7 @@ run.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,17 +104,19 @@ def train(config: TrainConfig) -> None:
         base=asdict(base) | {"path": base.path.name}, codec_hash=codec.hash, processes=world
     )
     facts |= dict(base_fingerprint=base_fingerprint(base.path), data=info["splits"])
+    facts |= dict(data_fingerprint=info.get("fingerprint"))
     run.facts = facts
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        refuse_other_run(config, out)
+        refuse_other_run(config, facts, out)
         save_config(config, out / "config.yaml")
         write_json_atomic(out / "provenance.json", provenance(**facts))
     accelerator.wait_for_everyone()
     start = run.resume()
     per_epoch = loader.steps_per_epoch()
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shares = ", ".join(f"{m} {s:.0%}" for m, s in data.mode_shares().items())
+    mix = data.mode_shares()
+    shares = ", ".join(f"{m} {s:.0%}" for m, s in mix.items())
     hours = sum(data.frames) / vocab.frame_rate_hz / 3600
     say(
         f"{len(data)} clips, {hours:.2f} h; prompts: {shares}\n"
@@ -122,6 +125,11 @@ def train(config: TrainConfig) -> None:
         f"{config.steps} steps = {config.steps / max(per_epoch, 1):.1f} epochs, "
         f"{'from step ' + str(start) if start else 'from the base'}; run directory {out}"
     )
+    if mix["zero_shot"] == 1 and modes.clone + modes.clone_text > 0:
+        say(
+            "note: no reference for any clip, so the model may forget how to clone: name the "
+            "speakers (recipes/prepare.py speaker=NAME, if all are one), or give rows a ref_audio"
+        )
     run.start_trackers()
     finished = run.loop(start)
     if finished and accelerator.is_main_process:
@@ -158,10 +166,10 @@ def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn
     return talker.train()
 
 
-def refuse_other_run(config: TrainConfig, out: Path) -> None:
-    """A run directory with checkpoints may only be continued with the same settings."""
-    file = out / "config.yaml"
-    if not file.is_file() or not saved_steps(out / "checkpoints"):
+def refuse_other_run(config: TrainConfig, facts: dict, out: Path) -> None:
+    """A run directory with checkpoints may only be continued with the same settings and inputs."""
+    file, steps = out / "config.yaml", saved_steps(out / "checkpoints")
+    if not file.is_file() or not steps:
         return
     old, new = asdict(load_config(TrainConfig, str(file), [])), asdict(config)
     free = ("steps", "trackers", "log_every", "keep_checkpoints", "save_every", "out")
@@ -172,6 +180,16 @@ def refuse_other_run(config: TrainConfig, out: Path) -> None:
             f"{out} holds a run with {name}={old[name]!r}, now {name}={new[name]!r}: take the old "
             "value to resume it, or another out="
         )
+    # The names are the same; what they stand for may have changed meanwhile.
+    began = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
+    inputs = {"base_fingerprint": "another base", "data_fingerprint": "other prepared data"}
+    for name, what in inputs.items():
+        if began.get(name) != facts[name]:
+            raise ValueError(
+                f"{out} holds a run on {what} than now stands there: take another out="
+            )
+    if steps[-1] > config.steps:
+        raise ValueError(f"{out} has {steps[-1]} steps already, more than steps={config.steps}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     accelerate launch recipes/prepare.py --config recipes/configs/prepare.yaml source=... out=...
 
 `source` is a manifest, an LJSpeech folder, a folder of wav+txt, a CSV file or a Hugging Face data
-set (see higgs_lab/manifest.py). Clips that cannot be used are left out and listed with the reason
+set (see higgs_lab/corpora.py). Clips that cannot be used are left out and listed with the reason
 in OUT/rejects.jsonl. Killed and started again it goes on where it stopped, with the same result;
 under `accelerate launch` the processes share the work.
 """
@@ -13,27 +13,23 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from higgs_lab.audio import AudioSource, audio_info, measure_levels, read_audio
+from higgs_lab.audio import AudioSource, audio_info
 from higgs_lab.checkpoint import resolve_checkpoint
 from higgs_lab.config import MISSING, cli, one_line_errors
-from higgs_lab.manifest import EmbeddedAudio, Utterance, open_data
+from higgs_lab.corpora import open_data
+from higgs_lab.manifest import Utterance
 from higgs_lab.prepared import INFO, assign_splits, save_prepared, split_table, text_key
-from higgs_lab.runlog import Progress, atomic_path, provenance
+from higgs_lab.runlog import Progress, provenance
 from higgs_lab.tags import check_text, lint_tags
 from higgs_lab.text import max_frames_for
-
-if TYPE_CHECKING:
-    from higgs_lab.codec import Codec
+from recipes.prepare_parts import Clip, encode_parts, identity, load_part, plan_parts, wait_for
 
 # Both serving engines take references of 1 to 30 s (vllm-omni serving_speech.py).
 REF_MIN_SEC, REF_MAX_SEC = 1.0, 30.0
@@ -70,14 +66,6 @@ class PrepareConfig:
             raise ValueError(f"split_valid={self.split_valid}: a share below 1, or a whole number")
 
 
-@dataclass(frozen=True)
-class Clip:
-    """An encoded recording, or why there is none."""
-
-    codes: np.ndarray | None  # uint16 [T, K]
-    facts: dict  # seconds, hash of the samples, levels; or error
-
-
 def main(config: PrepareConfig) -> Path:
     """Prepare `config.source`; returns the folder written. Safe to run in several processes."""
     from higgs_lab.codec import Codec
@@ -107,10 +95,10 @@ def main(config: PrepareConfig) -> Path:
     )
     if rank != 0:
         return out  # the first process writes the result
-    _wait_for([work / f"{name}.npz" for name in parts])
+    wait_for([work / f"{name}.npz" for name in parts])
     clips = {}
     for name, sources in parts.items():
-        clips |= zip(map(str, sources), _load_part(work / f"{name}.npz"), strict=True)
+        clips |= zip(map(str, sources), load_part(work / f"{name}.npz"), strict=True)
     good, checks = assemble(rows, clips, rejects, config)
     if not good:
         reasons = Counter(reject["reason"] for reject in rejects.values()).most_common(3)
@@ -169,68 +157,6 @@ def screen(
     return rejects, seconds
 
 
-def plan_parts(
-    rows: Iterable[Utterance], seconds: dict[str, float], part_sec: float, codec_hash: str
-) -> dict[str, list[AudioSource]]:
-    """Every recording once, by length, in parts of about `part_sec`; name -> recordings.
-
-    A part is named by what is in it, so a changed file is a new part, and the plan is the same in
-    every process and after a restart.
-    """
-    sources = {str(s): s for row in rows for s in (row.audio, row.ref_audio) if s is not None}
-    groups: list[list[AudioSource]] = []
-    room = 0.0
-    for name in sorted(sources, key=lambda name: (seconds[name], name)):
-        if not groups or seconds[name] > room or len(groups[-1]) >= 512:
-            groups.append([])
-            room = part_sec
-        groups[-1].append(sources[name])
-        room -= seconds[name]
-    parts = {}
-    for group in groups:
-        key = json.dumps([codec_hash, [_identity(source) for source in group]])
-        parts[hashlib.sha256(key.encode()).hexdigest()[:24]] = group
-    return parts
-
-
-def encode_parts(
-    codec: "Codec",
-    parts: dict[str, list[AudioSource]],
-    work: Path,
-    rank: int = 0,
-    world: int = 1,
-    finished=lambda: False,
-    show: bool = True,
-) -> None:
-    """Encode this process's parts that are not on disk yet, one atomic .npz file each."""
-    mine = list(parts)[rank::world]
-    todo = [name for name in mine if not (work / f"{name}.npz").is_file()]
-    total, left = (sum(len(parts[name]) for name in names) for names in (mine, todo))
-    label = "encode" if world == 1 else f"encode (process 1 of {world})"
-    with (
-        ThreadPoolExecutor(4) as pool,
-        Progress(total, "clips", label, start=total - left, enabled=show) as bar,
-    ):
-        for name in todo:
-            if finished():
-                return
-            sources = parts[name]
-            read = list(pool.map(lambda source: _read(source, codec.sample_rate_hz), sources))
-            whole = [index for index, (wav, _) in enumerate(read) if wav is not None]
-            codes = codec.encode_batch([read[index][0] for index in whole])
-            by_index = dict(zip(whole, codes, strict=True))
-            clips = []
-            for index, (wav, facts) in enumerate(read):
-                encoded = None
-                if wav is not None:
-                    # A clip below 1 s was padded with silence, which must not be learnt.
-                    frames = -(-len(wav) // codec.samples_per_frame)
-                    encoded = by_index[index][:frames].numpy().astype(np.uint16)
-                clips.append(Clip(encoded, facts))
-            _save_part(work / f"{name}.npz", clips, codec.num_codebooks)
-            bar.update(len(sources))
-
-
 def assemble(
     rows: list[Utterance], clips: dict[str, Clip], rejects: dict[str, dict], config: PrepareConfig
 ) -> tuple[list[dict], dict]:
@@ -250,6 +176,8 @@ def assemble(
         unlikely = len(clip.codes) > max_frames_for(row.text)
         warnings["recording far too long for its text"] += unlikely
         warnings["more than 0.1 % of samples at full scale"] += clip.facts["clipped_share"] > 0.001
+        alone = not (row.speaker or config.speaker or row.ref_audio)
+        warnings["no speaker or ref_audio: trains no cloning (speaker=NAME if it is one)"] += alone
         edge = max(clip.facts["lead_silence_sec"], clip.facts["tail_silence_sec"])
         warnings["more than 1 s of silence at an end"] += edge > 1
         good.append(
@@ -320,66 +248,12 @@ def _reject(row: Utterance, reason: str) -> dict:
     return {"id": row.id, "where": row.where, "audio": str(row.audio), "reason": reason}
 
 
-def _identity(source: AudioSource) -> list:
-    if isinstance(source, EmbeddedAudio):
-        return [source.name, getattr(source.dataset, "_fingerprint", "")]
-    if not source.is_file():
-        return [str(source)]
-    stat = source.stat()
-    return [str(source), stat.st_size, stat.st_mtime_ns]
-
-
-def _read(source: AudioSource, sample_rate_hz: int) -> tuple[np.ndarray | None, dict]:
-    try:
-        wav = read_audio(source, sample_rate_hz)
-    except (ValueError, OSError) as error:
-        return None, {"error": str(error)}
-    rounded = np.round(np.clip(wav, -1, 1) * 32767).astype(np.int16)
-    facts = asdict(measure_levels(wav, sample_rate_hz))
-    if not np.isfinite(facts["level_dbfs"]):
-        facts["level_dbfs"] = None
-    digest = hashlib.sha256(rounded.tobytes()).hexdigest()
-    return wav, facts | {"seconds": len(wav) / sample_rate_hz, "hash": digest}
-
-
-def _save_part(path: Path, clips: list[Clip], num_codebooks: int) -> None:
-    none = np.zeros((0, num_codebooks), dtype=np.uint16)
-    arrays = [none if clip.codes is None else clip.codes for clip in clips]
-    facts = [clip.facts | {"frames": len(codes)} for clip, codes in zip(clips, arrays, strict=True)]
-    with atomic_path(path) as temporary:
-        np.savez(temporary, codes=np.concatenate([none, *arrays]), facts=json.dumps(facts))
-
-
-def _load_part(path: Path) -> list[Clip]:
-    with np.load(path) as file:
-        facts, codes = json.loads(str(file["facts"])), file["codes"]
-    ends = np.cumsum([fact["frames"] for fact in facts])
-    return [
-        Clip(None if "error" in fact else codes[end - fact["frames"] : end], fact)
-        for fact, end in zip(facts, ends, strict=True)
-    ]
-
-
-def _wait_for(files: list[Path], stalled_sec: float = 3600) -> None:
-    """Until the other processes have written their parts."""
-    missing, since = len(files) + 1, time.monotonic()
-    while gone := [file for file in files if not file.is_file()]:
-        if len(gone) < missing:
-            missing, since = len(gone), time.monotonic()
-            print(f"waiting for {missing} parts of other processes", flush=True)
-        if time.monotonic() - since > stalled_sec:
-            raise TimeoutError(
-                f"no process has written a part for {stalled_sec:.0f} s: run the command again"
-            )
-        time.sleep(0.5)
-
-
 def _fingerprint(config: PrepareConfig, rows: list[Utterance], codec_hash: str) -> str:
     """Changes with anything that changes the result."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "part_sec")}
     digest = hashlib.sha256(json.dumps([settings, codec_hash]).encode())
     for row in rows:
-        files = [_identity(s) for s in (row.audio, row.ref_audio) if s is not None]
+        files = [identity(s) for s in (row.audio, row.ref_audio) if s is not None]
         texts = [row.id, row.text, row.speaker, row.language, row.ref_text, row.split]
         digest.update(json.dumps([files, texts]).encode())
     return digest.hexdigest()[:24]

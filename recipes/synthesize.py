@@ -3,7 +3,7 @@
     python recipes/synthesize.py model=nano text="Hello there." out=runs/hello
     python recipes/synthesize.py --config recipes/configs/synthesize.yaml source=texts.txt out=...
 
-`source` is a text file (one text per line), a manifest, or other data that higgs_lab/manifest.py
+`source` is a text file (one text per line), a manifest, or other data that higgs_lab/corpora.py
 reads. OUT gets wavs/, manifest.jsonl (with stop reason, seed and length of each take in `info`),
 config.yaml and provenance.json. Long texts are split at sentence bounds and joined. Killed and
 started again it goes on where it stopped, with the same result; other settings are refused there.
@@ -20,7 +20,8 @@ import higgs_lab
 from higgs_lab.audio import AudioSource, audio_info, read_audio, write_wav
 from higgs_lab.checkpoint import Checkpoint, resolve_checkpoint
 from higgs_lab.config import MISSING, cli, one_line_errors, save_config
-from higgs_lab.manifest import Utterance, file_stem, open_data, read_manifest, write_manifest
+from higgs_lab.corpora import open_data
+from higgs_lab.manifest import Utterance, file_stem, read_manifest, write_manifest
 from higgs_lab.runlog import (
     Progress,
     RunLog,

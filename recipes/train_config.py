@@ -64,9 +64,16 @@ def check(config: TrainConfig) -> None:
     for name, choices in known.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r}: choose {', '.join(choices)}")
-    for name in ("steps", "budget_positions", "packs_per_step", "rank", "save_every", "log_every"):
+    counts = ("steps", "budget_positions", "packs_per_step", "rank", "save_every", "log_every")
+    for name in (*counts, "keep_checkpoints", "valid_rows"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
+    for name in ("lr", "alpha", "max_grad_norm"):  # 0 would train nothing, and not say so
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}={getattr(config, name)}: must be above 0")
+    weights = config.codebook_weights
+    if weights is not None and not (min(weights, default=-1) >= 0 and sum(weights) > 0):
+        raise ValueError(f"codebook_weights={weights}: must be at least 0 and not all 0")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

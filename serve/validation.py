@@ -76,7 +76,7 @@ class Run:
             raise Skip("needs --recordings")
         if "clips" not in self.loaded:
             from higgs_lab.audio import audio_info
-            from higgs_lab.manifest import open_data
+            from higgs_lab.corpora import open_data
 
             rows = [row for row in open_data(self.recordings) if row.audio is not None]
             kept = [row for row in rows if 1 <= audio_info(row.audio).seconds <= 30]

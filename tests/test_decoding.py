@@ -11,10 +11,11 @@ import torch
 from higgs_lab import decoding
 from higgs_lab import generate as generating
 from higgs_lab.adapter import attach_lora
-from higgs_lab.decoding import Decoder, requests_of
+from higgs_lab.decoding import Decoder
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_each, generate_naive
 from higgs_lab.prompt import render_prompt
+from higgs_lab.slots import requests_of
 from tests.tiny import random_codes, run_one, three_prompts, tiny_talker, tiny_vocab
 
 GREEDY = Sampling(temperature=0.0, max_frames=14)

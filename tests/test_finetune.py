@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,49 +16,28 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from higgs_lab.audio import audio_info
+from higgs_lab.checkpoint import NativeFiles, load_talker
 from higgs_lab.codec import Codec
 from higgs_lab.config import load_config
 from higgs_lab.prepared import save_prepared
-from higgs_lab.runlog import read_jsonl
+from higgs_lab.runlog import read_jsonl, write_json_atomic
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
 from recipes.finetune import train
 from recipes.train_config import TrainConfig, check, learning_rate
+from tests.tiny import prepared_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(rank=4, budget_positions=400, lr=2e-3, warmup_steps=2, seed=3, packs_per_step=2)
 
 
-def rows(count: int, split: str = "train", seed: int = 0) -> list[dict]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for i in range(count):
-        frames = int(rng.integers(25, 60))
-        made.append(
-            {
-                "id": f"{split}{i}",
-                "text": f"Sentence number {i} of {split}.",
-                "language": "en",
-                "speaker": f"s{i % 2}",
-                "codes": rng.integers(0, 1024, (frames, 8)).astype(np.uint16),
-                "frames": frames,
-                "seconds": frames / 25,
-                "ref_codes": np.zeros((0, 8), np.uint16),
-                "ref_text": None,
-                "split": split,
-                "audio": f"{i}.wav",
-            }
-        )
-    return made
-
-
 @pytest.fixture(scope="module")
 def prepared(nano, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("prepared") / "data"
-    made = rows(14) + rows(3, "valid", seed=1)
+    made = prepared_rows(14) + prepared_rows(3, "valid", seed=1)
     splits = {"train": {"clips": 14, "hours": 0.01}, "valid": {"clips": 3, "hours": 0.001}}
     info = {"codec_hash": Codec.from_pretrained(nano).hash, "splits": splits}
     info["model"] = {"name": "nano", "revision": nano.name}
@@ -86,12 +66,12 @@ def curve(metrics: list[dict], name: str) -> list[float]:
 
 
 def launch(prepared: Path, out: Path, processes: int, **changes) -> subprocess.Popen:
-    options = {**SMALL, "data": prepared, "out": out, **changes}
     """The recipe under `accelerate launch`; processes = 0: without it, which starts sooner.
 
     --multi_gpu is how accelerate is told to start several processes, on CPUs too: with --cpu it
     starts one, whatever --num_processes says.
     """
+    options = {**SMALL, "data": prepared, "out": out, **changes}
     command = [sys.executable]
     if processes:
         command += ["-m", "accelerate.commands.launch", "--mixed_precision", "no"]
@@ -255,11 +235,10 @@ def test_two_processes_give_the_one_process_curves(prepared, tmp_path):
 def test_trap34_one_pack_of_all_equals_accumulated_packs(prepared, nano):
     """The gradient depends on the cells, not on how they are cut into packs."""
     from higgs_lab.batches import pack
-    from higgs_lab.checkpoint import load_talker
     from higgs_lab.loss import codebook_loss
 
     vocab = Vocab.from_pretrained(nano)
-    data = TrainingSet(rows(4), vocab, Modes(0.0, 0.0))
+    data = TrainingSet(prepared_rows(4), vocab, Modes(0.0, 0.0))
     talker = load_talker(nano).float()
     examples = [data.build(i, 0) for i in range(4)]
 
@@ -280,7 +259,6 @@ def test_trap34_one_pack_of_all_equals_accumulated_packs(prepared, nano):
 
 def test_trap36_only_the_adapter_trains(prepared, nano):
     from higgs_lab.adapter import attach_lora, trainable_names
-    from higgs_lab.checkpoint import load_talker
 
     names = trainable_names(attach_lora(load_talker(nano), "attention_mlp", 8))
     assert len(names) == 3 * 7 * 2 and all("lora_" in name for name in names)
@@ -290,7 +268,6 @@ def test_trap36_only_the_adapter_trains(prepared, nano):
 def test_bf16_moves_the_table_and_writes_it_whole(prepared, nano, tmp_path, changes):
     """As on a GPU: autocast to bf16, what trains in fp32, the result in the stored dtype."""
     import higgs_lab
-    from higgs_lab.checkpoint import load_talker
 
     out = tmp_path / "run"
     metrics = run(
@@ -309,7 +286,6 @@ def test_bf16_moves_the_table_and_writes_it_whole(prepared, nano, tmp_path, chan
 def test_qlora_trains_an_adapter_for_the_unquantised_base(prepared, nano, tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install -e .[qlora]; .ci/run does")
     from higgs_lab.adapter import adapter_effect, load_adapter
-    from higgs_lab.checkpoint import load_talker
     from higgs_lab.prompt import render_prompt
     from recipes.finetune import build_model
 
@@ -347,7 +323,6 @@ def test_a_sharding_launcher_is_refused(prepared, tmp_path, monkeypatch):
 
 
 def test_full_fine_tune_writes_a_native_directory(prepared, nano, tmp_path):
-    from higgs_lab.checkpoint import NativeFiles, load_talker
 
     run(prepared, tmp_path / "run", method="full", steps=2, valid_every=0, lr=1e-4)
     model = tmp_path / "run" / "model"
@@ -370,9 +345,12 @@ def test_learning_rate_warms_up_and_ends_where_it_should():
         ({"method": "dora"}, "choose lora, qlora, full"),
         ({"preset": "everything"}, "choose attention"),
         ({"steps": 0}, "at least 1"),
+        ({"keep_checkpoints": 0}, "at least 1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0: must be above 0"),
         ({"clone_share": 0.8, "clone_text_share": 0.5}, "at most 1"),
         ({"budget_positions": 60}, "longer than the budget"),
         ({"codebook_weights": [1.0, 2.0]}, "2 values, the model 8"),
+        ({"codebook_weights": [0.0] * 8}, "at least 0 and not all 0"),
     ],
 )
 def test_contradictions_are_refused_before_anything_is_written(
@@ -386,14 +364,48 @@ def test_contradictions_are_refused_before_anything_is_written(
 def test_trap16_data_of_another_codec_is_refused(nano, tmp_path):
     info = {"codec_hash": "0" * 16, "splits": {"train": {"clips": 2}}, "model": {}}
     info["model"] = {"name": "other", "revision": "abc"}
-    save_prepared(tmp_path / "data", rows(2), 8, info, [])
+    save_prepared(tmp_path / "data", prepared_rows(2), 8, info, [])
     with pytest.raises(ValueError, match="Prepare the data again"):
         run(tmp_path / "data", tmp_path / "run", steps=1)
 
 
-def test_a_run_directory_is_not_continued_with_other_settings(prepared, straight):
-    with pytest.raises(ValueError, match="lr"):
-        run(prepared, straight, steps=12, save_every=5, dropout=0.1, valid_every=5, lr=1e-5)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 12, "lr": 1e-5}, "holds a run with lr=0.002, now lr=1e-05"),
+        ({"steps": 5}, "has 10 steps already, more than steps=5"),
+    ],
+)
+def test_a_run_directory_is_not_continued_with_other_settings(prepared, straight, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(prepared, straight, save_every=5, dropout=0.1, valid_every=5, **changes)
+
+
+def test_a_run_is_not_continued_on_another_base_or_other_data(prepared, nano, tmp_path):
+    """The names in the config say the same, what stands there does not."""
+    base, data, out = (tmp_path / name for name in ("base", "data", "run"))
+    shutil.copytree(nano, base)
+    shutil.copytree(prepared, data)
+    changes = dict(model=str(base), steps=1, valid_every=0)
+    run(data, out, **changes)
+    info = json.loads((data / "prepared.json").read_text())
+    write_json_atomic(data / "prepared.json", info | {"fingerprint": "another"})
+    with pytest.raises(ValueError, match="holds a run on other prepared data than now"):
+        run(data, out, **changes)
+    write_json_atomic(data / "prepared.json", info)
+    tensors = {key: value.clone() for key, value in NativeFiles(base).items()}
+    tensors["body.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a run on another base than now"):
+        run(data, out, **changes)
+
+
+def test_a_fine_tune_that_cannot_clone_says_so(nano, tmp_path, capsys):
+    rows = [row | {"speaker": None} for row in prepared_rows(2)]
+    info = {"codec_hash": Codec.from_pretrained(nano).hash, "splits": {"train": {"clips": 2}}}
+    save_prepared(tmp_path / "data", rows, 8, info | {"model": {}}, [])
+    run(tmp_path / "data", tmp_path / "run", steps=1)
+    assert "no reference for any clip" in capsys.readouterr().out
 
 
 CONFIGS = sorted(p for p in (ROOT / "recipes" / "configs").glob("*.yaml")
@@ -415,28 +427,5 @@ def test_trap28_no_shipped_recipe_trains_cloning_or_bare_prompts_away(path, nano
     costs other voices and languages, eval.compare says."""
     config = load_config(TrainConfig, path, ["data=a", "out=b"])
     modes = Modes(config.clone_share, config.clone_text_share)
-    shares = TrainingSet(rows(200), Vocab.from_pretrained(nano), modes).mode_shares()
+    shares = TrainingSet(prepared_rows(200), Vocab.from_pretrained(nano), modes).mode_shares()
     assert min(shares.values()) > 0.15
-
-
-def test_trap26_all_three_prompt_modes_are_in_an_epoch(nano):
-    data = TrainingSet(rows(60), Vocab.from_pretrained(nano), Modes(0.3, 0.4), seed=1)
-    shares = data.mode_shares()
-    assert min(shares.values()) > 0.15 and abs(sum(shares.values()) - 1) < 1e-9
-    assert data.choices(0) != data.choices(1)
-
-
-def test_trap27_a_reference_is_another_clip_of_the_speaker_with_another_text(nano):
-    made = rows(20)
-    made[3]["text"] = made[1]["text"]  # the same speaker says the same thing twice
-    data = TrainingSet(made, Vocab.from_pretrained(nano), Modes(0.5, 0.5))
-    for epoch in range(3):
-        for i, choice in enumerate(data.choices(epoch)):
-            other = made[choice.reference]
-            assert other["speaker"] == made[i]["speaker"] and other["text"] != made[i]["text"]
-
-
-def test_lengths_foretell_what_is_built(nano):
-    data = TrainingSet(rows(12), Vocab.from_pretrained(nano), Modes(0.3, 0.4))
-    for epoch in range(2):
-        assert data.lengths(epoch) == [len(data.build(i, epoch).ids) for i in range(len(data))]

@@ -282,6 +282,7 @@ def test_trap32_levels_and_warnings_are_reported(nano, tmp_path, capsys):
     counts = {key.split(" (")[0]: count for key, count in checks["warnings"].items()}
     assert counts == {
         "misplaced tags": 2,
+        "no speaker or ref_audio: trains no cloning": 3,
         "recording far too long for its text": 1,
         "more than 0.1 % of samples at full scale": 3,
         "more than 1 s of silence at an end": 3,

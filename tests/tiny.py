@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -143,3 +144,35 @@ def voice_like(seconds: float, seed: int = 0, sample_rate_hz: int = 24000) -> np
     buzz = sum(np.sin(h * phase) / h for h in range(1, 12))
     loud = 0.2 + 0.8 * np.abs(np.sin(2 * np.pi * 1.3 * time))
     return (0.1 * loud * buzz + 0.01 * rng.standard_normal(n)).astype(np.float32)
+
+
+def noise_file(path: Path, seed: int = 0, seconds: float = 1.0) -> Path:
+    """A recording of quiet noise at 24 kHz, in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = np.random.default_rng(seed).uniform(-0.1, 0.1, int(seconds * 24000))
+    soundfile.write(path, samples.astype(np.float32), 24000, format=path.suffix[1:].upper())
+    return path
+
+
+def prepared_rows(count: int, split: str = "train", seed: int = 0, speakers: int = 2) -> list[dict]:
+    """Rows as prepared data holds them; codes are random."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        frames = int(rng.integers(25, 60))
+        made.append(
+            {
+                "id": f"{split}{i}",
+                "text": f"Sentence number {i} of {split}.",
+                "language": "en",
+                "speaker": f"s{i % speakers}",
+                "codes": rng.integers(0, 1024, (frames, 8)).astype(np.uint16),
+                "frames": frames,
+                "seconds": frames / 25,
+                "ref_codes": np.zeros((0, 8), np.uint16),
+                "ref_text": None,
+                "split": split,
+                "audio": f"{i}.wav",
+            }
+        )
+    return made

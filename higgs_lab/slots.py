@@ -1,0 +1,248 @@
+"""Slots of a static cache: the buffers of many requests, and one step of them all.
+
+A step takes every slot one row further and touches static buffers alone, so that on a GPU it is one
+recorded CUDA graph: per batch size and cache length, over a shared memory pool. The last position
+of a prompt goes through the step like any row, so there is one place where rows are sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from higgs_lab.engine import Engine
+from higgs_lab.prompt import Prompt
+from higgs_lab.sampling import (
+    RampState,
+    Sampling,
+    SamplingTensors,
+    chosen_log_probs,
+    max_rows,
+    next_row,
+)
+
+
+@dataclass
+class Request:
+    """A prompt with its settings and its place in the caller's list."""
+
+    index: int
+    prompt: Prompt
+    sampling: Sampling
+    rows: int  # at most
+
+    @property
+    def positions(self) -> int:
+        """Cache positions that it can come to need."""
+        return len(self.prompt) + self.rows
+
+
+class Slots:
+    """The buffers of `size` requests; every tensor keeps its address until the cache grows."""
+
+    def __init__(self, engine: Engine, size: int, length: int, rows: int, log_probs: bool):
+        self.engine, self.size, self.length, self.log_probs = engine, size, 0, log_probs
+        device, K = engine.device, engine.num_codebooks
+
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(size, *shape, dtype=dtype, device=device)
+
+        self.first = zeros(engine.table.shape[1], dtype=engine.dtype)  # a prompt's last embedding
+        self.fresh = zeros(dtype=torch.bool)  # that one is next, not a row
+        self.rows = zeros(K)  # fed next
+        self.position, self.step, self.limit = zeros(), zeros(), zeros()
+        self.active, self.ended = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
+        self.state = RampState.start(size, device)
+        self.options = SamplingTensors.of([Sampling()] * size, engine.codebook_size, device)
+        self.vllm = zeros(dtype=torch.bool)
+        self.out = zeros(rows + 1, K, dtype=torch.short)  # one to spare: an idle slot writes on
+        self.chances = zeros(rows + 1, K, dtype=torch.float32) if log_probs else None
+        self.max_rows = rows
+        self.number = torch.arange(size, device=device)
+        self.cache: list[tuple[Tensor, Tensor]] = []
+        self.rope = engine.rope(1)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.grow(length)
+
+    def grow(self, length: int) -> None:
+        """Room for `length` positions a slot. Zeros, since 0 times what stood there may be NaN."""
+        if length <= self.length:
+            return
+        engine = self.engine
+        shape = (self.size, engine.kv_heads, length, engine.head_dim)
+        self.graphs.clear()  # they know the old addresses
+        for i in range(len(engine.layers)):
+            pair = tuple(
+                torch.zeros(shape, dtype=engine.dtype, device=engine.device) for _ in range(2)
+            )
+            if self.length:
+                for new, old in zip(pair, self.cache[i], strict=True):
+                    new[:, :, : self.length] = old
+                self.cache[i] = pair
+            else:
+                self.cache.append(pair)
+            if self.size > 1:  # one compilation for all cache lengths
+                for tensor in pair:
+                    torch._dynamo.maybe_mark_dynamic(tensor, (0, 2))
+        self.length, self.rope = length, engine.rope(length)
+
+    def small(self) -> list[Tensor]:
+        """What a step changes beside the cache and the output."""
+        state = self.state
+        return [
+            self.fresh, self.rows, self.position, self.step, self.active, self.ended,
+            state.delay, state.countdown, state.done,
+        ]  # fmt: skip
+
+    def per_slot(self) -> list[Tensor]:
+        """Every buffer of a slot but the cache."""
+        options = self.options
+        more = [options.temperature, options.top_k, options.top_p, options.greedy, options.seeds]
+        extra = [] if self.chances is None else [self.chances]
+        return [*self.small(), self.first, self.limit, self.vllm, self.out, *more, *extra]
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copy slots with all they hold; the sources are free afterwards."""
+        a, b = (torch.tensor(x, device=self.engine.device) for x in (source, target))
+        for tensor in (*self.per_slot(), *(t for pair in self.cache for t in pair)):
+            tensor[b] = tensor[a]
+        self.release(source)
+
+    def release(self, slots: list[int]) -> None:
+        index = torch.tensor(slots, device=self.engine.device)
+        self.active[index] = False
+        self.position[index] = 0
+
+    def admit(self, slots: list[int], requests: list[Request]) -> None:
+        """Put requests into free slots: their prompts into the cache, their settings beside it."""
+        engine, device = self.engine, self.engine.device
+        prompts = [r.prompt for r in requests]
+        packed = (torch.cat([getattr(p, n) for p in prompts]) for n in ("ids", "is_audio", "rows"))
+        x = engine.embed(*(t.to(device, non_blocking=True) for t in packed))
+        lengths = [len(p) for p in prompts]
+        ends = torch.tensor(lengths).cumsum(0)
+        index = torch.tensor(slots)
+        slot = index.repeat_interleave(torch.tensor(lengths))
+        position = torch.cat([torch.arange(n) for n in lengths])
+        body = torch.ones(len(slot), dtype=torch.bool)
+        body[ends - 1] = False
+        self._write(index.to(device), requests, x[(ends - 1).to(device)])
+        bounds = [0, *torch.tensor([n - 1 for n in lengths]).cumsum(0).tolist()]
+        if bounds[-1]:
+            kept = body.nonzero()[:, 0].to(device)
+            there = (position[body].to(device), slot[body].to(device))
+            engine.prefill(x[kept], *there, bounds, self.cache, self.rope)
+
+    def _write(self, index: Tensor, requests: list[Request], first: Tensor) -> None:
+        device = self.engine.device
+
+        def column(values) -> Tensor:
+            return torch.tensor(list(values), device=device)
+
+        self.first[index], self.fresh[index] = first, True
+        self.position[index] = column(len(r.prompt) - 1 for r in requests)
+        self.limit[index] = column(r.rows for r in requests)
+        self.step[index], self.active[index], self.ended[index] = 0, True, False
+        self.state.delay[index], self.state.countdown[index] = 0, -1
+        self.state.done[index] = False
+        self.vllm[index] = column(r.sampling.mode == "vllm" for r in requests)
+        settings = [r.sampling for r in requests]
+        new = SamplingTensors.of(settings, self.engine.codebook_size, device)
+        for name, value in vars(new).items():
+            getattr(self.options, name)[index] = value
+
+    # --- the step
+
+    def step_once(
+        self,
+        size: int,
+        length: int,
+        modes: tuple[str, ...],
+        draw: bool,
+        compile: bool,
+        exact: bool = False,
+    ) -> None:
+        """One row further for the first `size` slots, whose caches hold at most `length`.
+
+        All reads and writes are of static buffers; nothing here may wait for the device. exact:
+        all slots are at `length`, so that nothing needs to be hidden.
+        """
+        engine = self.engine
+        part = slice(0, size)
+        position, number = self.position[part], self.number[part]
+        fed = engine.embed_rows(self.rows[part])
+        x = torch.where(self.fresh[part, None], self.first[part], fed)
+        cos, sin = self.rope[0][position, None], self.rope[1][position, None]
+        hidden = None
+        if not exact:
+            at = torch.arange(length, device=engine.device)
+            hidden = torch.zeros(size, length, dtype=engine.dtype, device=engine.device)
+            hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
+        project, finish, pick = engine.cached_project, engine.finish, next_row
+        if compile:
+            project, finish = engine.compiled(project, size), engine.compiled(finish, size)
+            pick = engine.compiled(pick, size)
+            engine.any_batch(size, x, cos, sin, number, position)
+        for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
+            q = project(x, layer, cos, sin, keys, values, number, position)
+            attended = engine.attend(q, keys[part, :, :length], values[part, :, :length], hidden)
+            if compile:
+                engine.any_batch(size, attended)
+            x = finish(x, attended, layer)
+        state = RampState(*(t[part] for t in vars(self.state).values()))
+        options = SamplingTensors(*(t[part] for t in vars(self.options).values()))
+        mine = self.vllm[part]
+        named = {"vllm": mine, "sglang": ~mine}
+        at = self.step[part]
+        row, after, masked = pick(
+            engine.logits(x), options, state, at, {m: named[m] for m in modes}, draw
+        )
+        self.out[number, at] = row.short()
+        if self.chances is not None:
+            self.chances[number, at] = chosen_log_probs(masked, row, options)
+        active = self.active[part]
+        self.ended[part] |= active & after.done
+        self.step[part] += active
+        active &= ~after.done & (self.step[part] < self.limit[part])  # in place: it is a view
+        self.position[part] += active
+        self.rows[part], self.fresh[part] = row, False
+        for name, value in vars(after).items():
+            getattr(self.state, name)[part] = value
+
+    def replay(self, *key) -> None:
+        """`step_once` as a CUDA graph, recorded the first time."""
+        if key not in self.graphs:
+            self.graphs[key] = self._record(key)
+        self.graphs[key].replay()
+
+    def _record(self, key: tuple) -> torch.cuda.CUDAGraph:
+        """Warm up on a side stream, put the state back, record.
+
+        The warm-up compiles, loads kernels and lets cuBLAS take its workspace. What it writes into
+        the cache and the output stands at the very places that the next real step writes.
+        """
+        saved = [t.clone() for t in self.small()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step_once(*key)
+                for tensor, value in zip(self.small(), saved, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a codec in another thread may allocate meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            self.step_once(*key)
+        return graph
+
+
+def requests_of(
+    prompts: Sequence[Prompt], settings: Sequence[Sampling], num_codebooks: int
+) -> list[Request]:
+    pairs = enumerate(zip(prompts, settings, strict=True))
+    return [Request(i, p, s, max_rows(s, num_codebooks)) for i, (p, s) in pairs]
