@@ -156,6 +156,11 @@ def notes(summary: dict) -> list[str]:
     deaf = [c for c, b in blocks.items() if not b["judged"] and not b["no_baseline"]]
     if config["asr"] and deaf:
         lines.append(f"no recogniser for {', '.join(deaf)}: no error rates there")
+    if published := overall.get("published"):
+        lines.append(
+            f"as the protocol averages ({published['average']}): {100 * published['value']:.3f} % "
+            f"over {published['clips']} clips, {published['left_out']} left out as its script does"
+        )
     if not summary["floor"] and overall["error_valid"] and overall["error_valid"]["value"] > 0.5:
         lines.append(
             "more than half the words are wrong: is it the voice or the recogniser? Run --model "

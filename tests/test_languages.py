@@ -165,3 +165,14 @@ def test_the_printed_table_shows_every_row_and_the_coverage(capsys):
     printed = capsys.readouterr().out
     assert all(f"│ {row.code} " in printed for row in ROWS)
     assert "languages 102, fleurs 92" in printed.replace("\n", " ")
+
+
+def test_the_readme_shows_the_coverage_as_it_is():
+    readme = " ".join((Path(__file__).parent.parent / "README.md").read_text().split())
+    n = coverage()
+    assert (
+        f"FLEURS {n['fleurs']}, Common Voice {n['common_voice']}, omniASR {n['omniasr']}, "
+        f"MMS {n['mms']}, Whisper {n['whisper']} (large-v3 errs at most 15 % on "
+        f"{n['whisper A']} of them, 15-30 % on {n['whisper B']}, more on {n['whisper C']}, "
+        f"unknown on {n['whisper D']}), espeak-ng {n['espeak']}." in readme
+    )
