@@ -19,7 +19,6 @@ from serve.client import speak
 from serve.load import Target
 from serve.words import estimate, evaluate
 
-REQUESTS = 32
 ROWS = 150  # of a greedy request, 6 s
 
 
@@ -43,7 +42,8 @@ class Consistency:
         return found
 
     def _greedy(self, target: Target, dumps: str | Path | None, float32: bool) -> dict:
-        texts = [f"{i}. {self.texts[i % len(self.texts)]}" for i in range(REQUESTS)]
+        count = 2 * self.concurrency
+        texts = [f"{i}. {self.texts[i % len(self.texts)]}" for i in range(count)]
         options = {"max_new_tokens": ROWS} | target.options | {"temperature": 0.0}
 
         def ask(text: str) -> bytes:
@@ -60,25 +60,25 @@ class Consistency:
             rows = Dumps(dumps)
             rows.new()  # of earlier requests
         for callers in (1, self.concurrency):
-            print(f"{target.name}: {REQUESTS} greedy texts, {callers} at a time", file=sys.stderr)
+            print(f"{target.name}: {count} greedy texts, {callers} at a time", file=sys.stderr)
             with ThreadPoolExecutor(callers) as pool:
                 sounds = list(pool.map(ask, texts))
             new = rows.new() if rows else []
             seen.append((sounds, {tuple(h["prompt_token_ids"]): r.tolist() for h, r in new}))
         (alone, rows_alone), (together, rows_together) = seen
-        figures = {"requests": REQUESTS, "same_sound": sum(map(bytes.__eq__, alone, together))}
-        shown = len(rows_alone) == len(rows_together) == REQUESTS
+        figures = {"requests": count, "same_sound": sum(map(bytes.__eq__, alone, together))}
+        shown = len(rows_alone) == len(rows_together) == count
         equal = figures["same_sound"]
         if shown:
             equal = figures["same_codes"] = sum(
                 rows_alone[prompt] == rows_together.get(prompt) for prompt in rows_alone
             )
         what = "codes" if shown else "sound (it does not write its codes down)"
-        line = f"{equal} of {REQUESTS} greedy requests have the same {what} alone and "
+        line = f"{equal} of {count} greedy requests have the same {what} alone and "
         lines = [f"{line}{self.concurrency} at a time"]
-        if equal < REQUESTS and not float32:
+        if equal < count and not float32:
             lines[0] += "; not in float32, where rounding does that (--float32 makes it a failure)"
-        return {"ok": equal == REQUESTS or not float32, "lines": lines, "greedy": figures}
+        return {"ok": equal == count or not float32, "lines": lines, "greedy": figures}
 
     def _words(self, target: Target) -> dict:
         if self.asr is None:

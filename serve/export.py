@@ -22,6 +22,7 @@ import argparse
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -41,7 +42,14 @@ from higgs_lab.checkpoint import (
     rewrite_many,
 )
 from higgs_lab.codec import Codec
-from higgs_lab.runlog import Progress, atomic_path, peak_memory_gb, provenance, write_json_atomic
+from higgs_lab.runlog import (
+    Progress,
+    atomic_path,
+    duration,
+    peak_memory_gb,
+    provenance,
+    write_json_atomic,
+)
 from serve.card import evaluation_table, model_card
 from serve.check import check_export, failures, table
 from serve.merge import MergeFigures, merged
@@ -303,6 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             args.out, args.sources or nothing, args.eval or nothing, strict=True
         )
     ]
+    begun = time.monotonic()
     try:
         if args.push_to_hub:
             hub_ready(args.push_to_hub)
@@ -318,7 +327,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{out} is ready: python -m serve.launch {out}")
         if repo:
             print(push(out, repo))
-    print(f"peak memory {records[-1]['peak_memory_gb']:.2f} GB")
+    took = duration(time.monotonic() - begun)
+    print(f"{took}, peak memory {records[-1]['peak_memory_gb']:.2f} GB")
 
 
 if __name__ == "__main__":

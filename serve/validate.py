@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
@@ -139,7 +140,10 @@ def write_report(run: Run) -> dict:
             settings[name] = Path(settings[name]).name
     about = provenance()
     del about["command"]  # it may name folders of the user
-    report = {"settings": settings, "provenance": about, "steps": done}
+    steps_text = json.dumps(done)
+    for place, name in ((run.path.resolve(), "MODEL"), (run.out.resolve(), "OUT")):
+        steps_text = steps_text.replace(json.dumps(str(place))[1:-1], name)
+    report = {"settings": settings, "provenance": about, "steps": json.loads(steps_text)}
     write_json_atomic(run.out / "report.json", report)
     with atomic_path(run.out / "report.md") as temporary:
         temporary.write_text(_markdown(report), encoding="utf-8")
@@ -152,18 +156,20 @@ def _markdown(report: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     rows += [f"Revision `{settings['revision']}`, {about['time']}, {about.get('device', 'CPU')}."]
     rows += [f"higgs_lab at `{about['git_commit']}`; {versions}; {about['platform']}.", ""]
-    rows += ["| step | verdict | seconds |", "|---|---|---|"]
-    rows += [f"| {n} | {s['verdict']} | {s['seconds']:.0f} |" for n, s in report["steps"].items()]
+    rows += ["`warn`: unlike what was assumed, nothing breaks. `FAIL`: something relies on it.", ""]
+    rows += ["| step | verdict | seconds | |", "|---|---|---|---|"]
     for name, step in report["steps"].items():
-        rows += ["", f"## {name}: {step['verdict']}", ""]
-        rows += [f"- {line}" for line in step["lines"]]
+        why = step["lines"][0] if step["lines"] and step["verdict"] != OK else ""
+        cells = (name, step["verdict"], f"{step['seconds']:.0f}", why.replace("|", "\\|"))
+        rows.append(f"| {' | '.join(cells)} |")
+    about = {name: " ".join((step.__doc__ or "").split()) for name, step in steps().items()}
+    for name, step in report["steps"].items():
+        rows += ["", f"## {name}: {step['verdict']}", "", about.get(name, "")]
+        if step["lines"]:
+            rows += ["", *(f"- {line}" for line in step["lines"])]
         if step["figures"]:
-            rows += [
-                "",
-                "```json",
-                json.dumps(step["figures"], indent=1, ensure_ascii=False),
-                "```",
-            ]
+            figures = json.dumps(step["figures"], indent=1, ensure_ascii=False)
+            rows += ["", "```json", figures, "```"]
     return "\n".join(rows) + "\n"
 
 
@@ -184,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--recordings", help="manifest or data folder of one voice, with transcripts")
     add("--vllm", dest="vllm_url", metavar="URL", help="a running vLLM-Omni; default: start one")
     add("--sglang", dest="sglang_url", metavar="URL", help="a running SGLang-Omni on the export")
-    add("--api-key", help="of the servers at those URLs")
+    add("--api-key", default=os.environ.get("VLLM_API_KEY"), help="of the servers at those URLs")
     add("--profile", help="deploy profile of the server that is started")
     add("--other-codec", default=Run.other_codec, help="hub name or folder of the engine's codec")
     add("--asr", help="recogniser of eval.run; default large-v3, for nano its own")

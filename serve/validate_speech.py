@@ -262,7 +262,8 @@ def _words(run: Run, name: str, model: str, more=(), source: str | None = None) 
     options = ["--language", "en", "--asr", run.asr, "--speaker", run.speaker, *more]
     if run.device != "auto":
         options += ["--device", run.device]
-    summary = evaluate(model, source or texts_manifest(run), folder, options)
+    env = os.environ | ({"VLLM_API_KEY": run.api_key} if run.api_key else {})
+    summary = evaluate(model, source or texts_manifest(run), folder, options, env)
     kept = ("clips", "failed", "failures", "error", "cer", "sim_ref", "rtf_median")
     out = Outcome(figures={k: summary.get(k) for k in kept})
     out.note(

@@ -205,7 +205,7 @@ def test_sound_that_depends_on_the_company_is_inconsistent(forgetful, tmp_path):
         if forgetful:  # rounding excuses it, unless the server computes in float32
             assert check.run(server.target, dumps=None, float32=False)["ok"]
     assert found["ok"] is not forgetful
-    assert (found["greedy"]["same_sound"] == 32) is not forgetful
+    assert (found["greedy"]["same_sound"] == 16) is not forgetful
 
 
 def test_command_line_measures_two_servers_side_by_side(tmp_path):
