@@ -38,34 +38,58 @@ def speak(requests: Sequence) -> list:
     from eval.systems import Spoken
     from higgs_lab.audio import read_audio
 
-    voices = [language(request.row.language).espeak for request in requests]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="higgs-lab-espeak-") as folder:
-        paths = [Path(folder) / f"{number}.wav" for number in range(len(requests))]
-        lines = [
-            json.dumps({"text": strip_tags(r.row.text), "voice": voice, "path": str(path)})
-            for r, voice, path in zip(requests, voices, paths, strict=True)
-            if voice
+        jobs = [
+            {
+                "text": strip_tags(request.row.text),
+                "voice": language(request.row.language).espeak,
+                "path": str(Path(folder) / f"{number}.wav"),
+            }
+            for number, request in enumerate(requests)
         ]
-        # The child must find `eval` however this process did.
-        root = str(Path(__file__).resolve().parent.parent)
-        code = f"import sys; sys.path.insert(0, {root!r}); from eval.espeak import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", code], input="\n".join(lines), text=True, capture_output=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"espeak-ng failed: {done.stderr.strip()[-500:]}")
+        crashes = _speak_all([job for job in jobs if job["voice"]])
         took_sec = (time.monotonic() - begin) / len(requests)
         clips = []
-        for request, voice, path in zip(requests, voices, paths, strict=True):
-            if voice is None:
+        for request, job in zip(requests, jobs, strict=True):
+            path = Path(job["path"])
+            if job["voice"] is None:
                 reason = f"espeak-ng has no voice for {request.row.language}"
                 clips.append(Spoken(error=reason, unsupported=True))
             elif not path.is_file():
-                clips.append(Spoken(error="espeak-ng was silent"))
+                reason = crashes.get(job["path"], "was silent")
+                clips.append(Spoken(error=f"espeak-ng {reason}"))
             else:
                 clips.append(Spoken(read_audio(path, RATE_HZ), RATE_HZ, took_sec=took_sec))
     return clips
+
+
+def _speak_all(jobs: Sequence[dict]) -> dict[str, str]:
+    """Speak jobs in a child process -> what went wrong, by path.
+
+    espeak-ng 1.52 overflows a buffer on some texts and takes its process down; that clip has
+    failed, and the next process goes on behind it.
+    """
+    # The child must find `eval` however this process did.
+    root = str(Path(__file__).resolve().parent.parent)
+    code = f"import sys; sys.path.insert(0, {root!r}); from eval.espeak import main; main()"
+    crashes: dict[str, str] = {}
+    while jobs:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input="\n".join(json.dumps(job) for job in jobs),
+            text=True,
+            capture_output=True,
+        )
+        if done.returncode == 0:
+            break
+        spoken = done.stdout.count("\n")
+        if done.returncode > 0 or spoken >= len(jobs):  # an error of ours or of the installation
+            raise RuntimeError(f"espeak-ng failed: {done.stderr.strip()[-500:]}")
+        said = done.stderr.strip().splitlines()
+        crashes[jobs[spoken]["path"]] = f"crashed: {said[-1] if said else done.returncode}"
+        jobs = jobs[spoken + 1 :]
+    return crashes
 
 
 def main() -> None:
@@ -97,6 +121,7 @@ def main() -> None:
         library.espeak_Synchronize()
         if pieces:
             write_wav(job["path"], np.concatenate(pieces).astype(np.float32) / 32768, RATE_HZ)
+        print(job["path"], flush=True)
 
 
 if __name__ == "__main__":

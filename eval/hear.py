@@ -12,6 +12,7 @@ import numpy as np
 
 from eval import metrics
 from eval.asr import free_memory, load_recognizer, recognizer_details, together
+from eval.pace import Pace
 from eval.stages import HEAR_SEC, JUDGE_HZ, read_clip
 from eval.work import Cache, Ledger, chunks
 from higgs_lab.manifest import Utterance
@@ -47,6 +48,7 @@ def hear(
     recognizer = None
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(Ledger(out / "transcripts.jsonl"))
+        pace = stack.enter_context(Pace(cache, "hear", asr, device))
         caches: dict[str, Cache] = {}
         for batch in ledger.claim(chunks(order, BATCH if _on_gpu(device) else CPU_BATCH), "hear"):
             found: dict[tuple, dict] = {}
@@ -65,9 +67,10 @@ def hear(
             wavs = _read_all(out, [speech[key]["audio"] for key in audible])
             langs = [languages[key[0]] for key in audible]
             if audible:
-                for key, transcript in zip(
-                    audible, recognizer.transcribe_all(wavs, langs), strict=True
-                ):
+                with pace.measured() as sounds:
+                    heard = recognizer.transcribe_all(wavs, langs)
+                    sounds += [len(wav) / JUDGE_HZ for wav in wavs]
+                for key, transcript in zip(audible, heard, strict=True):
                     lang = languages[key[0]]
                     found[key] = {"heard": transcript is not None, "text": ""}
                     found[key] |= transcript.as_dict() if transcript else {}

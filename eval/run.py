@@ -22,6 +22,8 @@ from eval import metrics, report, stages
 from eval.asr import recognizer_details
 from eval.hear import hear
 from eval.normalize import NORMALIZERS, normalize, normalizer_version
+from eval.pace import Pace
+from eval.plan import plan
 from eval.protocols import PROTOCOLS
 from eval.public_sets import PUBLIC_SETS
 from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
@@ -59,41 +61,27 @@ def evaluate(
     cache: folder where transcripts and embeddings are kept across runs by the sound's hash and the
         judge's revision and options; None keeps none.
 
-    Raises ValueError when `out` holds a run with other settings, or when the system cannot give
-    several takes.
+    Raises ValueError when `out` holds a run with other settings, when the system cannot give
+    several takes, or when a text has no words left after normalising.
     """
-    if takes < 1 or takes > 1 and not system.random:
-        raise ValueError(
-            f"takes={takes}: {system.name} says a text in one way, so one take is all there is"
-        )
-    for row in test_set.rows:  # what would be refused after hours of speaking is refused here
-        if not normalize(strip_tags(row.text), row.language, normalizer):
-            raise ValueError(f"{row.where}: no words are left of {row.text!r} by {normalizer}")
-    encoder = None if speaker == "none" else encoder_details(speaker)
-    if encoder and mined_with:
-        check_independent(encoder, mined_with)
+    config = settings(
+        system,
+        test_set,
+        asr=asr,
+        speaker=speaker,
+        normalizer=normalizer,
+        seed=seed,
+        takes=takes,
+        asr_fp16=asr_fp16,
+        mined_with=mined_with,
+    )
     out = Path(out)
-    languages = {row.language for row in test_set.rows}
-    config = {
-        "system": {"name": system.name} | system.details,
-        "set": {
-            "name": test_set.name,
-            "revision": test_set.revision,
-            "rows": len(test_set.rows),
-            "references": test_set.reference_revision,
-        },
-        "seed": seed,
-        "takes": takes,
-        "asr": None if asr == "none" else recognizer_details(asr, asr_fp16, languages),
-        "encoder": encoder,
-        "normalizer": normalizer_version(normalizer),
-        "metrics": metrics.METRICS_VERSION,
-    }
     floor_summary = report.read_floor(floor, config) if floor else None
     with _joined(out) as locks:
         with locks.held(1):
             _keep_config(out / "config.yaml", config)
-        speech = stages.speak(system, test_set.rows, out, seed, takes)
+        pace = Pace(cache, "speak", system.name, device)
+        speech = stages.speak(system, test_set.rows, out, seed, takes, pace)
         transcripts = hear(speech, test_set.rows, out, asr, asr_fp16, device, cache)
         voices = Voices(out, speaker, device, cache)
         voices.embed(speech, test_set)
@@ -117,13 +105,61 @@ def evaluate(
     return summary
 
 
+def settings(
+    system: System,
+    test_set: EvalSet,
+    *,
+    asr: str,
+    speaker: str,
+    normalizer: str,
+    seed: int = 0,
+    takes: int = 1,
+    asr_fp16: bool = False,
+    mined_with: str | None = None,
+) -> dict:
+    """What decides the result of `evaluate`, found without loading a model. Raises as it does."""
+    if takes < 1 or takes > 1 and not system.random:
+        raise ValueError(
+            f"takes={takes}: {system.name} says a text in one way, so one take is all there is"
+        )
+    for row in test_set.rows:  # what would be refused after hours of speaking is refused here
+        if not normalize(strip_tags(row.text), row.language, normalizer):
+            raise ValueError(f"{row.where}: no words are left of {row.text!r} by {normalizer}")
+    encoder = None if speaker == "none" else encoder_details(speaker)
+    if encoder and mined_with:
+        check_independent(encoder, mined_with)
+    languages = {row.language for row in test_set.rows}
+    return {
+        "system": {"name": system.name} | system.details,
+        "set": {
+            "name": test_set.name,
+            "revision": test_set.revision,
+            "rows": len(test_set.rows),
+            "references": test_set.reference_revision,
+        },
+        "seed": seed,
+        "takes": takes,
+        "asr": None if asr == "none" else recognizer_details(asr, asr_fp16, languages),
+        "encoder": encoder,
+        "normalizer": normalizer_version(normalizer),
+        "metrics": metrics.METRICS_VERSION,
+    }
+
+
 def _keep_config(path: Path, config: dict) -> None:
     """Write the settings of a new run, or refuse to go on with other ones."""
     import yaml
 
+    _check_config(path, config)
     if not path.exists():
         with atomic_path(path) as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def _check_config(path: Path, config: dict) -> None:
+    import yaml
+
+    if not path.exists():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     differences = report.differences(before, yaml.safe_load(yaml.safe_dump(config)))
@@ -214,6 +250,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--floor", help="output folder of a --model human run of the same set")
     add("--cache", help="folder for transcripts and voices of all runs, or none")
+    add("--dry-run", action="store_true", help="say what would be done and how long it would take")
     add("--out", required=True, help="output folder; an existing run is resumed")
     return parser
 
@@ -241,20 +278,25 @@ def main(argv: list[str] | None = None) -> dict:
             folder=args.set_path,
         )
         asr, normalizer = _judges(args.asr, args.normalizer, test_set)
-        summary = evaluate(
-            system,
-            test_set,
-            args.out,
+        cache = None if args.cache == "none" else args.cache or cache_folder() / "eval"
+        judged = dict(
             asr=asr,
             speaker=args.speaker,
             normalizer=normalizer,
             seed=args.seed,
             takes=args.takes,
             asr_fp16=args.asr_fp16,
-            device=device,
-            floor=args.floor,
             mined_with=args.mined_with,
-            cache=None if args.cache == "none" else args.cache or cache_folder() / "eval",
+        )
+        if args.dry_run:
+            config = settings(system, test_set, **judged)
+            _check_config(Path(args.out) / "config.yaml", config)
+            lines = plan(system, test_set, config, args.out, asr=asr, device=device, cache=cache)
+            if rank()[0] == 0:
+                print("\n".join(lines))
+            return {"config": config}
+        summary = evaluate(
+            system, test_set, args.out, device=device, floor=args.floor, cache=cache, **judged
         )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.run: {error}")

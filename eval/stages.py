@@ -19,6 +19,7 @@ import numpy as np
 
 from eval import metrics
 from eval.acoustics import AudioFacts, audio_facts
+from eval.pace import Pace
 from eval.sets import EvalSet
 from eval.systems import Request, Spoken, System, request_seed
 from eval.work import Ledger, chunks
@@ -35,7 +36,7 @@ SCORE_BATCH = 256
 
 
 def speak(
-    system: System, rows: Sequence[Utterance], out: Path, seed: int, takes: int
+    system: System, rows: Sequence[Utterance], out: Path, seed: int, takes: int, pace: Pace
 ) -> dict[tuple, dict]:
     """Stage 1. One row per clip: where it lies and what its waveform says, or why there is none."""
     by_id = {row.id: row for row in rows}
@@ -47,7 +48,7 @@ def speak(
         return human.get(row.id)
 
     say = None
-    with Ledger(out / "speech.jsonl") as ledger:
+    with Ledger(out / "speech.jsonl") as ledger, pace:
         batches = chunks(_speaking_order(rows, takes), system.batch)
         for batch in ledger.claim(batches, "speak"):
             say = say or system.start()
@@ -60,9 +61,12 @@ def speak(
                 entry |= _store(clip, out, f"wavs/{name}.wav")
                 return entry | {"human": facts_of_human(request.row)}
 
-            spoken = list(zip(batch, requests, say(requests), strict=True))
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                ledger.append(list(pool.map(lambda one: store(*one), spoken)))
+            with pace.measured() as sounds:
+                spoken = list(zip(batch, requests, say(requests), strict=True))
+                with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                    entries = list(pool.map(lambda one: store(*one), spoken))
+                sounds += [e["audio_facts"]["seconds"] for e in entries if e["audio_facts"]]
+            ledger.append(entries)
         return ledger.rows
 
 

@@ -15,11 +15,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from eval.languages import language
 from higgs_lab.manifest import AUDIO_SUFFIXES, Utterance, file_stem
 
 
@@ -53,7 +54,8 @@ class System:
     details: dict  # what decides the sound
     start: Callable[[], Speak]  # loads what there is to load
     batch: int = 1  # requests handed over at once
-    random: bool = field(default=True)  # several takes of a text differ
+    random: bool = True  # several takes of a text differ
+    speaks: Callable[[str], bool] = lambda code: True  # a baseline may not claim every language
 
 
 def open_system(
@@ -106,7 +108,14 @@ def open_system(
         from eval.espeak import speak, version
 
         details = {"kind": "espeak", "version": version()}
-        return System("espeak-ng", details, lambda: speak, 32, random=False)
+        return System(
+            "espeak-ng",
+            details,
+            lambda: speak,
+            batch=32,
+            random=False,
+            speaks=lambda code: language(code).espeak is not None,
+        )
     if kind in ("http", "https"):
         return _server(model, sampling, batch or 4, dialect)
     path = Path(model)

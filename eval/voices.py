@@ -10,6 +10,7 @@ import numpy as np
 from eval import metrics
 from eval.acoustics import active_sec
 from eval.asr import free_memory
+from eval.pace import Pace
 from eval.sets import EvalSet
 from eval.speaker import centroid, cosine, encoder_details, load_encoder
 from eval.stages import HEAR_SEC, JUDGE_HZ
@@ -47,14 +48,16 @@ class Voices:
         encoder = None
         batches = chunks([(sha,) for sha in sorted(wanted)], BATCH)
         kept = Cache(self.cache, "voices", encoder_details(self.spec), ("sha256",))
-        with Ledger(self.out / "speakers.jsonl", ("sha256",)) as ledger, kept:
+        pace = Pace(self.cache, "voices", self.spec, self.device)
+        with Ledger(self.out / "speakers.jsonl", ("sha256",)) as ledger, kept, pace:
             for batch in ledger.claim(batches, "voices"):
                 entries = []
                 for (sha,) in batch:
                     known = kept.get(sha)
                     if known is None:
                         encoder = encoder or load_encoder(self.spec, self.device)
-                        known = {"embedding": self._embed_one(encoder, wanted[sha])}
+                        with pace.measured() as sounds:
+                            known = {"embedding": self._embed_one(encoder, wanted[sha], sounds)}
                         kept.put([{"sha256": sha} | known])
                     entries.append({"sha256": sha} | known)
                 ledger.append(entries)
@@ -125,11 +128,12 @@ class Voices:
                 self._hashes[key] = hashlib.sha256(file.read()).hexdigest()
         return self._hashes[key]
 
-    def _embed_one(self, encoder, source) -> list[float] | None:
+    def _embed_one(self, encoder, source, sounds: list[float]) -> list[float] | None:
         try:
             wav = read_audio(source, JUDGE_HZ, max_sec=None)[: int(HEAR_SEC * JUDGE_HZ)]
         except ValueError:  # unreadable: no voice; the speech stage has counted it
             return None
+        sounds.append(len(wav) / JUDGE_HZ)
         if len(wav) < encoder.min_samples or active_sec(wav, JUDGE_HZ) < metrics.ACTIVE_SEC:
             return None
         return [round(float(x), 6) for x in encoder.embed(wav)]

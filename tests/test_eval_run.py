@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -277,6 +278,26 @@ def test_a_system_of_one_way_gives_one_take(judges, test_set, tmp_path):
     with pytest.raises(SystemExit, match="human says a text in one way"):
         go(judges, test_set, tmp_path / "out", "--takes", "2")
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(
+    finished, judges, test_set, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    go(judges, test_set, out, "--dry-run")
+    told = capsys.readouterr().out
+    assert "6 texts in 1 languages" in told and "references  6 from speaker" in told
+    assert "tiny.pt@" in told and "ecapa@" in told and "x real time (assumed)" in told
+    assert "nothing was run or written" in told and not out.exists()
+    # Half done, it says so; with other settings, it refuses as the run would.
+    part = tmp_path / "part"
+    shutil.copytree(finished[0], part)
+    path = part / "speech.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    go(judges, test_set, part, "--dry-run")
+    assert re.search(r"speak .* 3 of 6 done", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="other settings"):
+        go(judges, test_set, part, "--dry-run", "--seed", "1")
 
 
 def test_floor_stands_beside_the_error_and_must_be_measured_alike(

@@ -88,4 +88,4 @@ def test_unreadable_and_too_short_clips_have_no_voice(tmp_path):
 
     bad = tmp_path / "bad.wav"
     bad.write_text("no sound")
-    assert Voices(tmp_path, "x", "cpu")._embed_one(Encoder(), Path(bad)) is None
+    assert Voices(tmp_path, "x", "cpu")._embed_one(Encoder(), Path(bad), []) is None
