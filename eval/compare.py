@@ -1,6 +1,7 @@
 """Is run B better than run A? Paired by text, with intervals, corrected for many languages.
 
-    python -m eval.compare runs/a/eval runs/b/eval
+    python -m eval.compare runs/a/eval runs/b/eval --out compare.html
+    python -m eval.compare runs/base/eval runs/*/eval     # several, each against the first
 
 Differences are B minus A: below zero is fewer errors. Runs whose set, recogniser, normaliser or
 metrics differ are refused, since the difference would be theirs.
@@ -10,88 +11,88 @@ from __future__ import annotations
 
 import argparse
 import json
+import string
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from eval import report, stats
-from higgs_lab.runlog import read_jsonl, write_json_atomic
+from eval import stats
+from eval.paired import METRICS, paired_differences, pairs_of
+from eval.runs import differences, read_scores, read_summary
+from eval.table import bounds, language_name, signed
+from higgs_lab.runlog import write_json_atomic
 
 ALPHA = 0.05
+NAMES = {
+    "error": "error %",
+    "cer": "CER %",
+    "sim_target": "SIM to speaker",
+    "sim_ref": "SIM to reference",
+}
+# What must be equal, or the difference would be that of the measuring.
+_SAME = ("set.revision", "asr.revision", "asr.precision", "asr.options", "normalizer", "metrics",
+         "encoder.revision")  # fmt: skip
 
 
-def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict:
-    """Paired differences of two finished runs, per language and over all.
+def compare(*runs: str | Path, seed: int = 0) -> dict:
+    """Paired differences of finished runs to the first of them, per language and over all.
 
-    Returns {"a", "b", "languages": {code: {metric: {...}}}, "overall": {...}, "notes": [...]}.
+    Returns {"runs": [...], "notes": [...], "comparisons": [{"name": "B", "metrics": {metric:
+    {"languages": {code: entry}, "overall": entry}}}]}, entries as `paired_differences` gives them
+    with p_holm, the p-value adjusted over the languages and runs compared.
+
     Raises ValueError, naming the field, for runs that cannot be compared.
     """
-    configs = [report.read_summary(run)["config"] for run in (a, b)]
-    notes = _check_comparable(configs, (a, b))
-    scores = [
-        {(row["id"], row["take"]): row for row in read_jsonl(Path(run) / "scores.jsonl")}
-        for run in (a, b)
+    if not 2 <= len(runs) <= len(string.ascii_uppercase):
+        raise ValueError(f"{len(runs)} runs given: two are needed, at least")
+    names = string.ascii_uppercase[: len(runs)]
+    summaries = [read_summary(run) for run in runs]
+    configs = [summary["config"] for summary in summaries]
+    metrics, notes = list(METRICS), []
+    if not configs[0]["encoder"]:
+        metrics = [name for name in metrics if not name.startswith("sim_")]
+    for name, run, config in zip(names[1:], runs[1:], configs[1:], strict=True):
+        _check_comparable(configs[0], config, runs[0], run)
+        if _value(configs[0], "set.references") != _value(config, "set.references"):
+            notes.append(f"{name} had other references than A: similarity to them is left out")
+            metrics = [metric for metric in metrics if metric != "sim_ref"]
+        for key in ("seed", "takes"):
+            if configs[0][key] != config[key]:
+                notes.append(f"{key}: {configs[0][key]} in A, {config[key]} in {name}")
+    scores = [read_scores(run) for run in runs]
+    comparisons = []
+    for name, theirs in zip(names[1:], scores[1:], strict=True):
+        pairs = pairs_of(scores[0], theirs)
+        found = {metric: paired_differences(pairs, metric, seed) for metric in metrics}
+        comparisons.append({"name": name, "metrics": {m: f for m, f in found.items() if f}})
+    _adjust(comparisons)
+    described = [
+        {"name": name, "path": str(run), "system": summary["config"]["system"]["name"]}
+        for name, run, summary in zip(names, runs, summaries, strict=True)
     ]
-    metrics = [("error", "errors", "units"), ("cer", "char_errors", "chars")]
-    same_encoder = _value(configs[0], "encoder.revision") == _value(configs[1], "encoder.revision")
-    if same_encoder and configs[0]["encoder"]:
-        metrics.append(("sim_target", "sim_target", None))
-        if not any("references" in note for note in notes):
-            metrics.append(("sim_ref", "sim_ref", None))
-    languages = sorted({row["language"] for row in scores[0].values()})
-    result = {"a": str(a), "b": str(b), "notes": notes, "languages": {}, "overall": {}}
-    for name, numerator, denominator in metrics:
-        differences = {}
-        for code in languages:
-            sums = _paired_sums(scores, code, numerator, denominator)
-            if sums is not None:
-                differences[code] = stats.paired_difference(*sums, label=code, seed=seed)
-        adjusted = stats.holm({code: d.p for code, d in differences.items()})
-        for code, difference in differences.items():
-            entry = asdict(difference) | {"p_holm": adjusted[code]}
-            result["languages"].setdefault(code, {})[name] = entry
-        sums = _paired_sums(scores, None, numerator, denominator)
-        if sums is not None:
-            result["overall"][name] = asdict(stats.paired_difference(*sums, seed=seed))
-    return result
+    return {"runs": described, "notes": notes, "comparisons": comparisons}
 
 
-def _paired_sums(scores: list[dict], code: str | None, numerator: str, denominator: str | None):
-    """Sums [C, 2] of both runs over the same texts, of clips that both runs have a value for."""
-    pairs = [
-        (scores[0][key], scores[1][key])
-        for key in scores[0]
-        if key in scores[1] and (code is None or scores[0][key]["language"] == code)
-    ]
-    pairs = [p for p in pairs if all(row.get(numerator) is not None for row in p)]
-    if not pairs:
-        return None
-    clusters = [(one["language"], one["reference"]) for one, _ in pairs]
-    return [
-        stats.cluster_sums(
-            [[row[numerator], row[denominator] if denominator else 1.0] for row in side], clusters
-        )[0]
-        for side in zip(*pairs, strict=True)
-    ]
+def _adjust(comparisons: list[dict]) -> None:
+    """Holm's correction over all languages and runs of a metric; over the runs for the means."""
+    for metric in METRICS:
+        found = {c["name"]: c["metrics"][metric] for c in comparisons if metric in c["metrics"]}
+        entries = {(n, code): e for n, f in found.items() for code, e in f["languages"].items()}
+        means = {name: entry["overall"] for name, entry in found.items()}
+        for family in (entries, means):
+            adjusted = stats.holm({key: entry["p"] for key, entry in family.items()})
+            for key, entry in family.items():
+                entry["p_holm"] = adjusted[key]
 
 
-def _check_comparable(configs: list[dict], runs: tuple) -> list[str]:
-    """Raise where the measuring differs; notes where only the system's conditions do."""
-    for name in ("set.revision", "asr.revision", "asr.precision", "asr.options", "normalizer",
-                 "metrics", "encoder.revision"):  # fmt: skip
-        one, two = (_value(config, name) for config in configs)
-        if one != two:
+def _check_comparable(one: dict, two: dict, run_one: str | Path, run_two: str | Path) -> None:
+    """Raise where the measuring differs."""
+    for name in _SAME:
+        if _value(one, name) != _value(two, name):
             raise ValueError(
-                f"{runs[0]} and {runs[1]} cannot be compared: {name} is {one!r} in the first and "
-                f"{two!r} in the second; run one of them again with the other's"
+                f"{run_one} and {run_two} cannot be compared: {name} is {_value(one, name)!r} in "
+                f"the first and {_value(two, name)!r} in the second; run one of them again with "
+                "the other's"
             )
-    notes = []
-    if _value(configs[0], "set.references") != _value(configs[1], "set.references"):
-        notes.append("the references given differ: similarity to them is left out")
-    for name in ("seed", "takes"):
-        if configs[0][name] != configs[1][name]:
-            notes.append(f"{name}: {configs[0][name]} in A, {configs[1][name]} in B")
-    return notes
 
 
 def _value(config: dict, name: str):
@@ -100,58 +101,113 @@ def _value(config: dict, name: str):
     return config
 
 
-def print_comparison(result: dict) -> None:
+def settings_apart(one: dict, two: dict) -> list[tuple[str, object, object]]:
+    """What the two systems were run with, where it differs, names included."""
+    systems = [(config["system"].get("name"), config) for config in (one, two)]
+    names = (
+        [("system.name", *(name for name, _ in systems))] if systems[0][0] != systems[1][0] else []
+    )
+    return names + differences(one, two)
+
+
+def verdict(metric: str, entry: dict, name: str = "B") -> str:
+    """In words, at 5 % for all languages and runs together."""
+    if entry["low"] is None:
+        return "one text"
+    if entry["p_holm"] >= ALPHA or entry["low"] <= 0 <= entry["high"]:
+        return "no difference shown"
+    better = (entry["value"] < 0) == (metric in ("error", "cer"))
+    return f"{name} is better" if better else f"{name} is worse"
+
+
+def advice(found: dict, wanted: float = 0.01) -> dict[str, int]:
+    """Texts needed to show a difference of `wanted`, by language, where these are too few.
+
+    found: the error's {"languages": ...} of one comparison.
+    """
+    needed = {}
+    for code, entry in found["languages"].items():
+        if entry["low"] is None or not entry["low"] <= 0 <= entry["high"]:
+            continue
+        half_width = (entry["high"] - entry["low"]) / 2
+        if half_width > wanted:
+            needed[code] = stats.texts_needed(half_width, entry["texts"], wanted)
+    return needed
+
+
+def advice_lines(comparison: dict, wanted: float = 0.01) -> list[str]:
+    found = comparison["metrics"].get("error")
+    lines = []
+    for code, texts in (advice(found, wanted) if found else {}).items():
+        entry = found["languages"][code]
+        half_width = 100 * (entry["high"] - entry["low"]) / 2
+        lines.append(
+            f"{comparison['name']}, {code}: {entry['texts']} texts tell differences of about "
+            f"{half_width:.1f} points apart; for {100 * wanted:g} about {texts} are needed"
+        )
+    return lines
+
+
+def cells(metric: str, entry: dict) -> dict[str, str]:
+    """An entry as text: a, b, value, interval, p."""
+    rate = metric in ("error", "cer")
+    scale, form = (100, "{:.2f}") if rate else (1, "{:.3f}")
+    signs = form.replace(":", ":+")
+    interval = "–" if entry["low"] is None else bounds(entry, signs, scale)
+    return {
+        "a": signed(scale * entry["a"], form),
+        "b": signed(scale * entry["b"], form),
+        "value": signed(scale * entry["value"], signs),
+        "interval": interval,
+        "p": f"{entry['p_holm']:.4f}",
+    }
+
+
+def print_comparison(result: dict, wanted: float = 0.01) -> None:
+    """A table for each run compared with A: every language's error, and what else differs."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
-    table = Table(title=f"B - A, 95 % intervals\nA {result['a']}\nB {result['b']}")
-    for column in ("language", "metric", "texts", "difference", "interval", "p (Holm)", "verdict"):
-        table.add_column(column, justify="left" if column in ("language", "metric") else "right")
-    for code, entries in result["languages"].items():
-        for name, entry in entries.items():
-            table.add_row(code, *_cells(name, entry, entry["p_holm"]))
-    if len(result["languages"]) > 1:
-        table.add_section()
-        for name, entry in result["overall"].items():
-            table.add_row("all, pooled", *_cells(name, entry, entry["p"]))
-    console.print(table)
-    for note in result["notes"]:
-        console.print(f"note: {note}")
-    for line in advice(result):
-        console.print(line)
-
-
-def advice(result: dict, wanted: float = 0.01) -> list[str]:
-    """How many texts would show a difference of `wanted`, where these are too few."""
-    lines = []
-    for code, entries in result["languages"].items():
-        entry = entries.get("error")
-        if not entry or entry["low"] is None:
-            continue
-        half_width = (entry["high"] - entry["low"]) / 2
-        if entry["low"] < 0 < entry["high"] and half_width > wanted:
-            needed = stats.texts_needed(half_width, entry["texts"], wanted)
-            lines.append(
-                f"{code}: {entry['texts']} texts tell differences of about {100 * half_width:.1f} "
-                f"points apart; for {100 * wanted:.0f} point about {needed} texts are needed"
+        console = Console(width=140)
+    for run in result["runs"]:
+        console.print(f"{run['name']}  {run['system']}  ({run['path']})", highlight=False)
+    for comparison in result["comparisons"]:
+        name, metrics = comparison["name"], comparison["metrics"]
+        table = Table(title=f"{name} − A, 95 % intervals", title_justify="left")
+        for column in ("language", "measure", "texts", "A", name, f"{name} − A", "interval",
+                       "p (Holm)", "verdict"):  # fmt: skip
+            table.add_column(
+                column, justify="left" if column in ("language", "measure") else "right"
             )
-    return lines
+        codes = sorted({code for found in metrics.values() for code in found["languages"]})
+        for code in codes:
+            for metric, found in metrics.items():
+                entry = found["languages"].get(code)
+                if entry is None:
+                    continue
+                said = verdict(metric, entry, name)
+                if len(codes) == 1 or metric == "error" or said.startswith(name):
+                    table.add_row(code, *_row(metric, entry, said))
+        if len(codes) > 1:
+            table.add_section()
+            for metric, found in metrics.items():
+                entry = found["overall"]
+                said = verdict(metric, entry, name)
+                table.add_row(language_name("overall"), *_row(metric, entry, said))
+        console.print(table)
+    for note in result["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    for comparison in result["comparisons"]:
+        for line in advice_lines(comparison, wanted):
+            console.print(line, highlight=False)
 
 
-def _cells(name: str, entry: dict, p: float) -> tuple[str, ...]:
-    scale, form = (100, "{:+.2f}") if name in ("error", "cer") else (1, "{:+.3f}")
-    if entry["low"] is None:
-        return name, str(entry["texts"]), form.format(scale * entry["value"]), "-", "-", "one text"
-    interval = " to ".join(form.format(scale * entry[end]) for end in ("low", "high"))
-    verdict = "no difference shown"
-    if p < ALPHA and not entry["low"] <= 0 <= entry["high"]:
-        better = (entry["value"] < 0) == (name in ("error", "cer"))
-        verdict = "B is better" if better else "B is worse"
-    value = form.format(scale * entry["value"])
-    return name, str(entry["texts"]), value, interval, f"{p:.4f}", verdict
+def _row(metric: str, entry: dict, said: str) -> tuple[str, ...]:
+    text = cells(metric, entry)
+    return (NAMES[metric], str(entry["texts"]), text["a"], text["b"], text["value"],
+            text["interval"], text["p"], said)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,18 +216,30 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("a", help="output folder of a run of eval.run")
-    parser.add_argument("b", help="another one, on the same set with the same judges")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write the differences to this file, too")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="FOLDER", help="output folders of eval.run; the first is A")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--difference", type=float, default=1.0, metavar="POINTS",
+        help="of error that should be seen: says how many texts that takes")  # fmt: skip
+    add("--out", help="write a page with players to this file, such as compare.html")
+    add("--json", help="write the differences to this file, too")
     args = parser.parse_args(argv)
+    wanted = args.difference / 100
     try:
-        result = compare(args.a, args.b, args.seed)
+        if wanted <= 0:
+            raise ValueError(f"--difference {args.difference:g}: must be above 0 points")
+        result = compare(*args.runs, seed=args.seed)
+        if args.json:
+            write_json_atomic(args.json, result)
+        if args.out:
+            from eval.compare_page import write_comparison
+
+            write_comparison(args.out, result, wanted)
     except (ValueError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"eval.compare: {error}")
-    if args.json:
-        write_json_atomic(args.json, result)
-    print_comparison(result)
+    print_comparison(result, wanted)
+    if args.out:
+        print(f"page: {args.out}")
 
 
 if __name__ == "__main__":

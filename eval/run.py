@@ -19,13 +19,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from eval import metrics, report, stages
+from eval.anchors import read_anchor
 from eval.asr import recognizer_details
 from eval.hear import hear
 from eval.normalize import NORMALIZERS, normalize, normalizer_version
 from eval.pace import Pace
+from eval.page import write_report
 from eval.plan import plan
 from eval.protocols import PROTOCOLS
 from eval.public_sets import PUBLIC_SETS
+from eval.runs import differences
 from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
 from eval.speaker import check_independent, encoder_details
 from eval.systems import System, open_system
@@ -49,6 +52,7 @@ def evaluate(
     asr_fp16: bool = False,
     device: str | None = None,
     floor: str | Path | None = None,
+    ceiling: str | Path | None = None,
     mined_with: str | None = None,
     cache: str | Path | None = None,
 ) -> dict:
@@ -56,7 +60,8 @@ def evaluate(
 
     asr, speaker: name or path of the judges, or "none" to leave one out.
     takes: clips of each text, spoken with the seeds `seed`, `seed + 1`, ...
-    floor: folder of a finished run of the human recordings of the same set.
+    floor, ceiling: folders of finished runs of the same set, measured alike: of the human
+        recordings, and of those recordings through the codec.
     mined_with: encoder that chose the references, if one did; it must not be the one that scores.
     cache: folder where transcripts and embeddings are kept across runs by the sound's hash and the
         judge's revision and options; None keeps none.
@@ -76,7 +81,7 @@ def evaluate(
         mined_with=mined_with,
     )
     out = Path(out)
-    floor_summary = report.read_floor(floor, config) if floor else None
+    anchors = [read_anchor(*one, config) for one in (("floor", floor), ("ceiling", ceiling))]
     with _joined(out) as locks:
         with locks.held(1):
             _keep_config(out / "config.yaml", config)
@@ -96,12 +101,12 @@ def evaluate(
             "references": test_set.references,
             "similarity_scale": scale,
             "similarity_pairs": similarity_pairs(scale),
-            "floor": floor_summary,
+            **{a.option: a.beside(scores, config, seed) for a in anchors if a},
             "provenance": provenance(),
         }
         if rank()[0] == 0:
             write_json_atomic(out / "summary.json", summary)
-            report.write_html(out / "report.html", summary, scores, out)
+            write_report(out / "report.html", summary, scores, out)
     return summary
 
 
@@ -162,9 +167,9 @@ def _check_config(path: Path, config: dict) -> None:
     if not path.exists():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    differences = report.differences(before, yaml.safe_load(yaml.safe_dump(config)))
-    if differences:
-        listed = "\n".join(f"  {name}: was {old!r}, now {new!r}" for name, old, new in differences)
+    apart = differences(before, yaml.safe_load(yaml.safe_dump(config)))
+    if apart:
+        listed = "\n".join(f"  {name}: was {old!r}, now {new!r}" for name, old, new in apart)
         raise ValueError(
             f"{path.parent} holds a run with other settings:\n{listed}\n"
             "Mixing them would score two systems as one. Use another --out, or delete this one."
@@ -249,6 +254,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dialect", default="vllm", choices=("vllm", "sglang"), help="of a server")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--floor", help="output folder of a --model human run of the same set")
+    add("--ceiling", help="output folder of a --model codec:CHECKPOINT run of the set")
     add("--cache", help="folder for transcripts and voices of all runs, or none")
     add("--dry-run", action="store_true", help="say what would be done and how long it would take")
     add("--out", required=True, help="output folder; an existing run is resumed")
@@ -295,8 +301,9 @@ def main(argv: list[str] | None = None) -> dict:
             if rank()[0] == 0:
                 print("\n".join(lines))
             return {"config": config}
+        anchors = {"floor": args.floor, "ceiling": args.ceiling}
         summary = evaluate(
-            system, test_set, args.out, device=device, floor=args.floor, cache=cache, **judged
+            system, test_set, args.out, device=device, cache=cache, **anchors, **judged
         )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.run: {error}")

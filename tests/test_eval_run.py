@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from eval import hear, run, voices
-from eval.compare import advice, compare
+from eval.compare import advice_lines, compare
 from eval.compare import main as compare_main
 from higgs_lab.audio import read_audio, write_wav
 from higgs_lab.nano.judges import random_ecapa, random_whisper
@@ -306,8 +306,12 @@ def test_floor_stands_beside_the_error_and_must_be_measured_alike(
     wavs = f"wavs:{test_set.parent}"
     summary = go(judges, test_set, tmp_path / "a", "--floor", str(finished[0]), model=wavs)
     human = finished[1]["languages"]["en"]["error"]["value"]
-    assert summary["floor"]["en"]["value"] == human
+    floor = summary["floor"]["en"]
+    assert floor["error"]["value"] == human
+    # The same sound, so nothing differs; but six texts prove only so much.
+    assert floor["excess"]["value"] == 0 and floor["excess"]["high"] == -floor["excess"]["low"] > 0
     assert "recogniser-limited" in capsys.readouterr().out
+    assert "codec" not in (tmp_path / "a" / "report.html").read_text()
     with pytest.raises(SystemExit, match="--floor .*: set.revision is"):
         more = ["--limit", "2", "--floor", str(finished[0])]
         go(judges, test_set, tmp_path / "b", *more, model=wavs)
@@ -338,26 +342,51 @@ def rewritten(source: Path, out: Path, change) -> Path:
     return out
 
 
+def differences_in(a, b) -> dict:
+    [comparison] = compare(a, b)["comparisons"]
+    return comparison["metrics"]
+
+
 def test_compare_pairs_by_text_and_names_the_better(finished, tmp_path, capsys):
     good = rewritten(finished[0], tmp_path / "good", lambda r: r | {"errors": 1})
     bad = rewritten(good, tmp_path / "bad", lambda r: r | {"errors": 2 + (r["id"] == "c0")})
-    result = compare(good, bad)
-    difference = result["languages"]["en"]["error"]
+    result = differences_in(good, bad)
+    difference = result["error"]["languages"]["en"]
     assert difference["value"] == pytest.approx((13 - 6) / 30) and difference["low"] > 0
     assert difference["texts"] == 6 and difference["p"] < 0.05
-    assert compare(bad, good)["languages"]["en"]["error"]["value"] == -difference["value"]
-    assert result["languages"]["en"]["sim_ref"]["value"] == 0
+    assert differences_in(bad, good)["error"]["overall"]["value"] == -difference["value"]
+    assert (difference["a"], difference["b"]) == pytest.approx((6 / 30, 13 / 30))
+    assert result["sim_ref"]["languages"]["en"]["value"] == 0
     compare_main([str(good), str(bad), "--json", str(tmp_path / "d.json")])
     assert "B is worse" in capsys.readouterr().out
-    assert json.loads((tmp_path / "d.json").read_text())["languages"]["en"]
+    assert json.loads((tmp_path / "d.json").read_text())["comparisons"][0]["name"] == "B"
 
 
 def test_compare_says_when_the_set_is_too_small(finished, tmp_path):
     noisy = rewritten(
         finished[0], tmp_path / "noisy", lambda r: r | {"errors": 9 * (r["id"] < "c3")}
     )
-    lines = advice(compare(finished[0], noisy))
-    assert len(lines) == 1 and "6 texts" in lines[0] and "are needed" in lines[0]
+    [comparison] = compare(finished[0], noisy)["comparisons"]
+    [line] = advice_lines(comparison)
+    assert "6 texts" in line and "are needed" in line and advice_lines(comparison, 10.0) == []
+
+
+def test_several_runs_are_compared_with_the_first_and_corrected_together(
+    finished, tmp_path, capsys
+):
+    good = rewritten(finished[0], tmp_path / "good", lambda r: r | {"errors": 1})
+    bad = rewritten(good, tmp_path / "bad", lambda r: r | {"errors": 2})
+    one = differences_in(good, bad)["error"]["languages"]["en"]
+    result = compare(good, bad, good)
+    names = [comparison["name"] for comparison in result["comparisons"]]
+    first, second = (c["metrics"]["error"]["languages"]["en"] for c in result["comparisons"])
+    assert names == ["B", "C"] and second["value"] == 0
+    assert first["p"] == one["p"] and first["p_holm"] == min(1, 2 * one["p_holm"])
+    compare_main([str(good), str(bad), str(good)])
+    assert "C − A" in capsys.readouterr().out
+    for runs in ([str(good)], [str(good), str(bad), "--difference", "0"]):
+        with pytest.raises(SystemExit, match="two are needed|above 0 points"):
+            compare_main(runs)
 
 
 @pytest.mark.parametrize(
@@ -378,8 +407,9 @@ def test_compare_leaves_similarity_to_different_references_out(finished, judges,
                                                                tmp_path):  # fmt: skip
     go(judges, test_set, tmp_path / "b", "--refs", "none")
     result = compare(finished[0], tmp_path / "b")
-    assert "sim_ref" not in result["languages"]["en"] and "references" in result["notes"][0]
-    assert result["languages"]["en"]["sim_target"]["value"] == pytest.approx(0)
+    [comparison] = result["comparisons"]
+    assert "sim_ref" not in comparison["metrics"] and "references" in result["notes"][0]
+    assert comparison["metrics"]["sim_target"]["overall"]["value"] == pytest.approx(0)
 
 
 def test_compare_of_an_unfinished_run_says_to_finish_it(finished, tmp_path):

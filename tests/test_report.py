@@ -1,23 +1,28 @@
-"""eval.report: the page stands alone, is safe to open, and shows what failed first."""
+"""eval.report, eval.page, eval.clips: the page stands alone, is safe to open, shows what failed."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from eval import report
+from eval.clips import Sounds, diff, letters, worst
+from eval.languages import LANGUAGES
 from eval.metrics import AudioFacts, score_clip, summarise
+from eval.page import SCRIPTS, error_kinds, shade, write_report
+from eval.runs import differences
 from higgs_lab.audio import write_wav
 
 FINE = AudioFacts(2.0, 1.8, 0.1, 0.1, -25.0, 0.0)
 
 
 def scored(id, text, heard, lang="en", audio=FINE, **more):
-    row = {"id": id, "take": 0, "language": lang, "audio": None, "error": "", "sim_ref": None}
+    row = {"id": id, "take": 0, "language": lang, "audio": None, "error": ""}
+    row |= {"sim_ref": None, "sim_target": None}
     return row | score_clip(text, heard, lang, audio=audio) | more
 
 
@@ -35,7 +40,6 @@ def finish(scores):
         "reasons": reasons,
         "references": {"none": len(scores)},
         "similarity_pairs": None,
-        "floor": None,
     }
     return summarise(scores) | rest | {"config": config, "provenance": {"time": "now"}}
 
@@ -68,15 +72,23 @@ def page(tmp_path):
         scored("zh", "今天天气", "今天 天汽", "zh"),
     ]
     scores[1]["audio"] = "a.wav"
-    report.write_html(tmp_path / "report.html", finish(scores), scores, tmp_path)
+    write_report(tmp_path / "report.html", finish(scores), scores, tmp_path)
     return (tmp_path / "report.html").read_text()
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(page):
     tags = Page(page).tags
     addresses = [a for _, attrs in tags for k, a in attrs.items() if k in ("src", "href")]
-    assert addresses and all(a.startswith("data:audio/flac;base64,") for a in addresses)
-    assert "http" not in page.replace("https://", "http") or "://" not in page
+    sounds = [a for a in addresses if a.startswith("data:audio/mpeg;base64,")]
+    assert len(sounds) == 1 and all(a[0] == "#" for a in addresses if a not in sounds)
+    assert "://" not in page
+
+
+def test_every_row_of_every_table_has_a_cell_for_each_head(page):
+    for table in re.findall(r"<table.*?</table>", page, re.DOTALL):
+        rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+        assert len(rows) == 5  # heads, the mean, three languages
+        assert len({len(re.findall(r"<t[hd][ >]", row)) for row in rows}) == 1
 
 
 def test_what_was_heard_cannot_run_as_code(page):
@@ -85,8 +97,9 @@ def test_what_was_heard_cannot_run_as_code(page):
 
 
 def test_worst_first_failures_before_errors(page):
-    order = [page.index(f">{id},") for id in ("gone", "worse", "zh", "good")]
+    order = [page.index(f'mono">{id}<') for id in ("gone", "worse", "zh", "good")]
     assert order == sorted(order)
+    assert page.index("Least like the speaker") < order[-1]  # it has no error
 
 
 def test_the_diff_shows_what_was_not_heard_and_what_was_instead(page):
@@ -95,33 +108,69 @@ def test_the_diff_shows_what_was_not_heard_and_what_was_instead(page):
 
 
 def test_every_language_has_a_row_and_the_columns_name_the_encoder(page):
-    for name in ("mean of languages", "English (en)", "German (de)", "Chinese (zh)"):
+    for name in ("mean of languages", "English <span", "German <span", "Chinese <span"):
         assert name in page
     assert "SIM to reference (ecapa@01234567)" in page
 
 
-def test_embedded_sound_is_the_clip(tmp_path):
+def test_embedded_sound_is_the_clip_and_what_does_not_fit_is_linked(tmp_path):
     import base64
     import io
 
     import soundfile
 
-    wav = 0.1 * np.sin(np.arange(24000) * 0.1)
-    write_wav(tmp_path / "a.wav", wav, 24000)
-    address = report._sound(tmp_path, "a.wav")
-    data, rate = soundfile.read(io.BytesIO(base64.b64decode(address.partition(",")[2])))
-    assert rate == 24000 and np.allclose(data, wav, atol=1e-4)
-    assert report._sound(tmp_path, "none.wav") is None
-    (tmp_path / "bad.wav").write_text("no sound")
-    assert report._sound(tmp_path, "bad.wav") is None
+    run = tmp_path / "my run"
+    run.mkdir()
+    wav = 0.1 * np.sin(np.arange(48000) * 0.1)
+    write_wav(run / "a.wav", wav, 24000)
+    sounds = Sounds(run / "report.html", 100_000)
+    found = sounds.clip(run, "a.wav")
+    assert found["link"] == "a.wav"
+    data, rate = soundfile.read(io.BytesIO(base64.b64decode(found["data"].partition(",")[2])))
+    assert rate == 24000 and abs(len(data) - len(wav)) < 2500
+    spectrum = np.abs(np.fft.rfft(data[8000:32000]))
+    assert spectrum.argmax() == pytest.approx(0.1 * 24000 / (2 * np.pi), abs=2)
+    assert sounds.left == 100_000 - len(found["data"])
+    small = Sounds(tmp_path / "compare.html", 100)
+    assert small.clip(run, "a.wav") == {"data": None, "link": "my%20run/a.wav"}
+    nothing = {"data": None, "link": None}
+    assert sounds.clip(run, "none.wav") == sounds.clip(run, None) == nothing
+    (run / "bad.wav").write_text("no sound")
+    assert sounds.clip(run, "bad.wav")["data"] is None
 
 
 def test_diff_pieces():
-    assert report.diff("a b c", "a x c d", "word") == [
+    assert diff("a b c", "a x c d", "word") == [
         ("equal", "a"), ("delete", "b"), ("insert", "x"), ("equal", "c"), ("insert", "d"),
     ]  # fmt: skip
-    assert report.diff("a b", "", "word") == [("delete", "a b")]
-    assert report.diff("a b", None, "word") == [("equal", "a b")]
+    assert diff("a b", "", "word") == [("delete", "a b")]
+    assert diff("a b", None, "word") == [("equal", "a b")]
+
+
+def test_a_letter_keeps_its_marks_so_that_a_piece_can_be_drawn():
+    assert diff("ที่นี่", "ที่นั่", "char") == [
+        ("equal", "ที่"), ("delete", "นี่"), ("insert", "นั่"),
+    ]  # fmt: skip
+    assert letters("ខ្មែរ") == ["ខ្មែ", "រ"]  # a subscript is no letter of its own
+
+
+def test_kinds_of_error_add_up_to_the_error_over_all_clips():
+    scores = [
+        scored("a", "one two three", "one x three four"),
+        scored("b", "one two", "", audio=None),
+        scored("c", "one two", "one"),
+    ]
+    found = error_kinds(scores)
+    rate = sum(s["errors"] for s in scores) / sum(s["units"] for s in scores)
+    assert sum(found["shares"].values()) == pytest.approx(rate)
+    assert found["shares"]["failed"] == pytest.approx(2 / 7)
+    assert found["failures"] == "1 missing"
+
+
+def test_the_map_knows_every_script_and_shows_one_point():
+    assert {row.script for row in LANGUAGES.values()} == set(SCRIPTS)
+    assert shade(0) == shade(None) == 0 and shade(0.01) == 20 == -shade(-0.01)
+    assert shade(0.25) == shade(2.0) == 100
 
 
 def test_notes_tell_what_the_numbers_hide():
@@ -146,19 +195,42 @@ def test_a_recogniser_that_may_be_deaf_is_not_passed_over():
 def test_differences_name_the_setting_and_look_past_file_names():
     before = {"asr": {"name": "a.pt", "revision": "1"}, "seed": 0}
     now = {"asr": {"name": "b.pt", "revision": "2"}, "seed": 0, "takes": 1}
-    assert report.differences(before, now) == [("asr.revision", "1", "2"), ("takes", None, 1)]
-    assert report.differences({"encoder": None}, {"encoder": {"revision": "1"}}) == [
+    assert differences(before, now) == [("asr.revision", "1", "2"), ("takes", None, 1)]
+    assert differences({"encoder": None}, {"encoder": {"revision": "1"}}) == [
         ("encoder", None, {"revision": "1"})
     ]
 
 
 @pytest.mark.parametrize("languages", [("en",), ("en", "de", "fr", "es")])
-def test_the_printed_table_has_every_figure(languages, capsys, monkeypatch):
-    scores = [scored(f"{c}{i}", f"text {i}", "text", c) for c in languages for i in "xy"]
-    summary = finish(scores)
-    columns, rows = report.table(summary)
-    report.print_table(summary)
+def test_the_printed_table_has_every_figure(languages, capsys):
+    scores = [
+        scored(f"{c}{i}", f"text {i}", "text", c, sim_ref=-0.25) for c in languages for i in "xy"
+    ]
+    report.print_table(finish(scores))
     printed = capsys.readouterr().out
-    assert all(len(row) == len(columns) for row in rows)
-    assert "50.00 WER" in printed and "SIM to reference" in printed
-    assert Console().width >= 40
+    assert "50.00" in printed and "SIM to reference" in printed and "ecapa@01234567" in printed
+    assert "−0.250" in printed and ("mean of languages" in printed) == (len(languages) > 1)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_narrow_terminal_keeps_the_error_and_every_language(width, capsys, monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    codes = list(LANGUAGES)
+    report.print_table(finish([scored(c, "one two", "one", c, sim_ref=0.5) for c in codes]))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("│")]
+    assert len(rows) == len(codes) + 1 and "mean of languages" in rows[-1]
+    assert all(len(line) <= width for line in rows)
+    assert all(any(f"{c} {LANGUAGES[c].name}"[:12] in row for row in rows) for c in codes)
+    assert ("SIM" in "".join(lines[:8])) == (width >= 80)
+
+
+def test_worst_clips_show_every_kind_of_failure_and_leave_room_for_errors():
+    silent = replace(FINE, active_sec=0.0)
+    scores = [scored(f"m{i}", "one two", "", audio=None) for i in range(9)]
+    scores += [scored("s", "one two", "", audio=silent)]
+    scores += [scored(f"e{i}", "one two", "one") for i in range(9)] + [scored("ok", "one", "one")]
+    shown = worst(scores, 6)
+    assert [score["id"] for score in shown] == ["m0", "s", "m1", "e0", "e1", "e2"]
+    assert len(worst(scores[:11], 6)) == 6 and worst(scores[-1:], 6) == []

@@ -117,6 +117,13 @@ def test_p_values_are_uniform_enough_when_nothing_differs():
     assert np.mean(np.array(p) < 0.05) <= 0.12 and 0.35 < np.mean(p) < 0.65
 
 
+def test_a_plain_difference_survives_the_correction_for_all_languages():
+    words = np.full(60, 10.0)
+    a, b = (np.stack([np.full(60, e), words], 1) for e in (0.0, 3.0))
+    p = {f"l{i}": 0.5 for i in range(112)} | {"worse": paired_difference(a, b).p}
+    assert holm(p)["worse"] < 0.01
+
+
 def test_different_texts_are_refused():
     with pytest.raises(ValueError, match="different texts"):
         paired_difference(np.zeros((2, 2)), np.zeros((3, 2)))

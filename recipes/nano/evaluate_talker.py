@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +14,6 @@ import numpy as np
 
 import higgs_lab
 from eval.asr import load_recognizer
-from eval.compare import compare
-from eval.report import read_summary
 from eval.speaker import cosine, load_encoder
 from recipes.nano.data import TAG_PITCH, TAG_RATE
 from recipes.nano.measure import (
@@ -95,6 +96,15 @@ def tag_figures(m, clips: list[Clip]) -> Iterator[Figure]:
     yield Figure("talker", "semitones, high - low", semitones, 2.0, at_least=True)
 
 
+def _added(before: Path, after: Path) -> dict:
+    """What eval.compare says of two runs, by measure, over all languages."""
+    path = after.parent / "differences.json"
+    command = [sys.executable, "-m", "eval.compare", before, after, "--json", path]
+    subprocess.run(list(map(str, command)), check=True)
+    [comparison] = json.loads(path.read_text())["comparisons"]
+    return {name: found["overall"] for name, found in comparison["metrics"].items()}
+
+
 def lora_figures(args: argparse.Namespace) -> Iterator[Figure]:
     """`make demo` on the voice held out from all parts, and what it found."""
     from recipes.demo import main as demo
@@ -104,8 +114,7 @@ def lora_figures(args: argparse.Namespace) -> Iterator[Figure]:
         demo(["--out", str(out), "--model", args.model, "--tests", str(LORA_TEXTS)])
         runs = {name: out / "eval" / name for name in ("before", "after", "alone")}
         for name in ("after", "alone"):
-            found = compare(runs["before"], runs[name])["overall"]
-            sim, error = found["sim_target"], found["error"]
+            sim, error = (_added(runs["before"], runs[name])[m] for m in ("sim_target", "error"))
             label = "with reference" if name == "after" else "without"
             yield Figure("lora", f"similarity gained, {label}", sim["value"])
             yield Figure(
@@ -113,6 +122,6 @@ def lora_figures(args: argparse.Namespace) -> Iterator[Figure]:
             )
             yield Figure("lora", f"WER added, {label}", error["value"], 0.03)
         for name, run in runs.items():
-            overall = read_summary(run)["overall"]
+            overall = json.loads((run / "summary.json").read_text())["overall"]
             yield Figure("lora", f"similarity, {name}", overall["sim_target"]["value"])
             yield Figure("lora", f"WER, {name}", overall["error"]["value"])

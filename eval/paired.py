@@ -1,0 +1,72 @@
+"""Scores of two runs on the same texts, clip beside clip, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import fmean
+
+import numpy as np
+
+from eval import stats
+
+# metric -> numerator and denominator in scores.jsonl; None: a mean over clips
+METRICS: dict[str, tuple[str, str | None]] = {
+    "error": ("errors", "units"),
+    "cer": ("char_errors", "chars"),
+    "sim_target": ("sim_target", None),
+    "sim_ref": ("sim_ref", None),
+}
+Pair = tuple[dict, dict]
+
+
+def pairs_of(a: Sequence[dict], b: Sequence[dict]) -> list[Pair]:
+    """Clips of B beside A's of the same row and take, or A's only take of that row."""
+    of_a = {(row["id"], row["take"]): row for row in a}
+    takes = {row["take"] for row in a}
+    if len(takes) == 1:  # the human row has one take, whatever the system gave
+        of_a = {id: row for (id, _), row in of_a.items()}
+        return [(of_a[row["id"]], row) for row in b if row["id"] in of_a]
+    return [(of_a[key], row) for row in b if (key := (row["id"], row["take"])) in of_a]
+
+
+def paired_differences(pairs: Sequence[Pair], metric: str, seed: int = 0) -> dict | None:
+    """B - A of a metric: {"languages": {code: entry}, "overall": entry of the mean over languages}.
+
+    An entry holds a and b (each run's figure on these clips), value, low, high, p and texts. Clips
+    for which one of the runs has no value are left out; None if all are.
+    """
+    sums = {}
+    for code in sorted({two["language"] for _, two in pairs}):
+        both = _sums([pair for pair in pairs if pair[1]["language"] == code], metric)
+        if both is not None:
+            sums[code] = both
+    if not sums:
+        return None
+    counts = METRICS[metric][1] is not None
+    languages = {}
+    for code, both in sums.items():
+        a, b = (float(side[:, 0].sum() / side[:, 1].sum()) for side in both)
+        found = stats.paired_difference(*both, code, seed, counts=counts)
+        languages[code] = {"a": a, "b": b} | asdict(found)
+    means = {side: fmean(entry[side] for entry in languages.values()) for side in "ab"}
+    return {
+        "languages": languages,
+        "overall": means | asdict(stats.paired_macro(sums, seed, counts=counts)),
+    }
+
+
+def _sums(pairs: Sequence[Pair], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Sums [C, 2] of both runs over the same texts."""
+    numerator, denominator = METRICS[metric]
+    pairs = [pair for pair in pairs if all(row.get(numerator) is not None for row in pair)]
+    if not pairs:
+        return None
+    texts = [two["reference"] for _, two in pairs]
+    a, b = (
+        stats.cluster_sums(
+            [[row[numerator], row[denominator] if denominator else 1.0] for row in side], texts
+        )[0]
+        for side in zip(*pairs, strict=True)
+    )
+    return a, b
