@@ -17,14 +17,17 @@ Each has the protocol that published figures on it follow (eval.protocols); `fai
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.languages import LANGUAGES, language
+from eval.work import Locks
 from higgs_lab.manifest import Utterance
 from higgs_lab.runlog import atomic_path
 
@@ -78,7 +81,7 @@ def read_public(
         raise ValueError(f"{source} cannot be fetched by name: {found.how_to_get}")
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f"--set-path {folder}: no such folder")
-    return found.read(Path(folder or "."), part, codes, split or "test")
+    return _numbered(found.read(Path(folder or "."), part, codes, split or "test"))
 
 
 def _read_smoke(folder: Path, part: str, codes: set[str], split: str) -> list[Utterance]:
@@ -131,9 +134,10 @@ def _unpacked(folder: Path, split: str) -> Path:
         raise FileNotFoundError(f"{archive} is missing: FLEURS keeps its recordings there")
     real = archive.resolve()  # in the hub's cache the name is a link to a blob named by its hash
     target = real.with_name(f"{real.name}.unpacked")
-    if not target.is_dir():
-        with atomic_path(target) as temporary, tarfile.open(real) as tar:
-            tar.extractall(temporary, filter="data")
+    with contextlib.closing(Locks(real.with_name(f"{real.name}.lock"))) as locks, locks.held(0):
+        if not target.is_dir():  # else another process has done it
+            with atomic_path(target) as temporary, tarfile.open(real) as tar:
+                tar.extractall(temporary, filter="data")
     return target / split
 
 
@@ -245,6 +249,17 @@ def _read_minimax(folder: Path, part: str, codes: set[str], split: str) -> list[
     return _some(rows, folder, "text/<language>.txt and speaker/ of the MiniMax set")
 
 
+def _numbered(rows: list[Utterance]) -> list[Utterance]:
+    """Ids that a set uses twice get a number: results are kept by id."""
+    seen: Counter = Counter()
+    numbered = []
+    for row in rows:
+        seen[row.id] += 1
+        again = seen[row.id]
+        numbered.append(replace(row, id=f"{row.id}#{again}") if again > 1 else row)
+    return numbered
+
+
 def _some(rows: list[Utterance], folder: Path, expected: str) -> list[Utterance]:
     if not rows:
         raise ValueError(f"no rows of the chosen languages in {folder}: expected {expected}")
@@ -271,6 +286,8 @@ def _kaldi(path: Path) -> dict[str, tuple[str, str]]:
     rows = {}
     for number, line in _lines(path):
         id, *rest = line.split(maxsplit=1)
+        if id in rows:
+            raise ValueError(f"{path}:{number}: {id} stands at {rows[id][1]} already")
         rows[id] = (rest[0].strip() if rest else "", f"{path}:{number}")
     return rows
 

@@ -146,7 +146,8 @@ def make_seed(folder):
             f"p1-a|We asked over twenty people.|prompt-wavs/p1.wav|{text}",
             f"p2-b|No wonder.|prompt-wavs/p2.wav|{text} two",
         )
-    lines(folder / "zh" / "hardcase.lst", "p1-h|提示。|prompt-wavs/p1.wav|绕口令绕口令。")
+    hard = "p1-h|提示。|prompt-wavs/p1.wav|绕口令绕口令。"
+    lines(folder / "zh" / "hardcase.lst", hard, hard)  # a published set may repeat itself
     return folder
 
 
@@ -158,8 +159,9 @@ def test_seed_tts_eval(tmp_path):
     assert first.audio.name == "p1-a.wav" and first.ref_audio.name == "p1.wav"
     assert first.ref_text == "We asked over twenty people." and both.rows[1].audio is None
     assert both.references == {"manifest": 4}
-    (hard,) = load_set("seed-tts-eval:zh-hard", folder=folder).rows
-    assert hard.text == "绕口令绕口令。" and hard.language == "zh"
+    hard, again = load_set("seed-tts-eval:zh-hard", folder=folder).rows
+    assert hard.text == again.text == "绕口令绕口令。" and hard.language == "zh"
+    assert again.id == f"{hard.id}#2"
     assert {row.language for row in load_set("seed-tts-eval:en", folder=folder).rows} == {"en"}
     with pytest.raises(ValueError, match="no part 'de': it has en"):
         load_set("seed-tts-eval:de", folder=folder)
@@ -193,6 +195,10 @@ def test_cv3_eval(tmp_path):
     assert cross.language == "en" and cross.text == "The wide road shimmered."
     with pytest.raises(ValueError, match="git clone .*CV3-Eval.*--set-path"):
         load_set("cv3-eval")
+    lines(folder / "data" / "cross" / "to_en" / "text", "uttid_1 x", "uttid_1 y")
+    with pytest.raises(ValueError, match=r"text:2: uttid_1 stands at .*text:1 already"):
+        load_set("cv3-eval:cross", folder=folder)
+    lines(folder / "data" / "cross" / "to_en" / "text", "uttid_1 x")
     lines(folder / "data" / "cross" / "to_en" / "prompt_text", "uttid_9 x")
     with pytest.raises(ValueError, match=r"text:1: uttid_1 is not in prompt_wav.scp"):
         load_set("cv3-eval:cross", folder=folder)
