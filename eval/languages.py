@@ -76,7 +76,9 @@ def _rows() -> dict[str, Language]:
 
 LANGUAGES: dict[str, Language] = _rows()
 # What other tables call the same languages. Region and script subtags (pt-BR, zh_CN) are cut off.
-ALIASES = {"iw": "he", "in": "id", "msa": "ms", "swa": "sw", "zho": "zh", "nor": "no", "ori": "or"}
+# Common Voice's zh-HK is Cantonese.
+ALIASES = {"zh-hk": "yue"}
+ALIASES |= {"iw": "he", "in": "id", "msa": "ms", "swa": "sw", "zho": "zh", "nor": "no", "ori": "or"}
 for _row in LANGUAGES.values():
     _others = (_row.iso3, _row.fleurs, _row.omniasr, _row.mms, _row.whisper)
     ALIASES |= {_other.replace("_", "-").split("-")[0]: _row.code for _other in _others if _other}

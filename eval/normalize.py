@@ -99,6 +99,7 @@ RULES: dict[str, Rule] = {
     "bs": Rule(replace=_SERBIAN_LATIN),
     "ro": Rule(replace={"ş": "ș", "ţ": "ț"}),  # cedilla: the old encoding of the comma
     "fr": Rule(replace={"œ": "oe", "æ": "ae"}),
+    "kab": Rule(replace={"ε": "ɛ", "γ": "ɣ"}),  # Greek keys for the Latin letters
 }
 _NO_RULE = Rule()
 # Malayalam final consonants, written before Unicode 5.1 as consonant + virama + joiner.

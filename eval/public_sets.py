@@ -40,6 +40,7 @@ class PublicSet:
     hub: str = ""  # data set on the hub, or "" if it is not there
     wanted: Callable[[str, set[str], str], list[str]] | None = None  # its files: part, ...
     parts: tuple[str, ...] = ()  # the first is the default; () takes none
+    other_parts: bool = False  # whether there may be more than these
     how_to_get: str = ""
 
 
@@ -55,7 +56,7 @@ def public_set(source: str) -> tuple[PublicSet, str, str | None] | None:
     found = PUBLIC_SETS[name]
     if part and not found.parts:
         raise ValueError(f"the set {name} has no parts: write --set {name}")
-    if part and found.parts[-1] != "..." and part not in found.parts:
+    if part and part not in found.parts and not found.other_parts:
         raise ValueError(f"the set {name} has no part {part!r}: it has {', '.join(found.parts)}")
     return found, part or (found.parts[0] if found.parts else ""), revision or None
 
@@ -324,7 +325,8 @@ PUBLIC_SETS = {
     "cv3-eval": PublicSet(
         _read_cv3,
         "cv3",
-        parts=("zero_shot", "cross_lingual_zeroshot", "..."),
+        parts=("zero_shot",),
+        other_parts=True,
         how_to_get="git clone https://github.com/FunAudioLLM/CV3-Eval and give --set-path CV3-Eval",
     ),
     "minimax": PublicSet(

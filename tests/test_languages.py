@@ -147,6 +147,7 @@ def test_languages_are_found_by_codes_aliases_regions_and_names():
     assert [language(c).code for c in ("pt-BR", "zh_CN", "deu", "nb", "fil", "jw", "German")] == [
         "pt", "zh", "de", "no", "tl", "jv", "de",
     ]  # fmt: skip
+    assert language("zh-TW").code == "zh" and language("zh-HK").code == "yue"  # Common Voice's
     for row in ROWS:  # codes of the other tables lead back to the row
         for other in (row.iso3, row.fleurs, row.omniasr, row.mms, row.common_voice, row.whisper):
             assert other is None or language(other) is row, (row.code, other)

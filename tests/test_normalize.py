@@ -67,6 +67,7 @@ PAIRS = [
     ("sr", "Љубав и џеп", "ljubav i džep"),
     ("ro", "Ştiinţă știință", "știință știință"),
     ("el", "ΣΊΣΥΦΟΣ", fair("σίσυφος", "el")),
+    ("kab", "Ad ruḥeγ γer uεekkaz", "ad ruḥeɣ ɣer uɛekkaz"),
     ("uz", "o‘zbek oʻzbek o'zbek", "o'zbek o'zbek o'zbek"),
     ("yo", "ọjọ́ dára", "ọjọ́ dára"),
     ("vi", "Tiếng Việt?", "tiếng việt"),
