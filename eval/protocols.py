@@ -181,7 +181,12 @@ def published_rate(rows: Sequence[dict], name: str) -> dict | None:
     number is `left_out`. None if no clip is left. Unlike the headline, a failed clip counts as it
     was heard, and a rate may exceed 1.
     """
-    kept = [row for row in rows if row["units"] and row["failure"] not in ("missing", "empty")]
+    kept = [
+        row
+        for row in rows
+        if row["units"] and row["failure"] != "missing" and row["seconds"]
+        if "recogniser_error" not in row["flags"]
+    ]
     if not kept:
         return None
     wrong = [row["substitutions"] + row["deletions"] + row["insertions"] for row in kept]

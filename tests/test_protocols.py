@@ -61,13 +61,16 @@ def test_the_published_average_is_the_scripts_own(name):
 def test_the_summary_of_a_protocol_run_has_its_average_beside_the_headline():
     pairs = [pair for pair in PAIRS if "seed" in pair]
     rows = [scored(pair, "seed") for pair in pairs]
-    lost = score_clip("Hello there.", None, "en", normalizer="seed", audio=None) | {
-        "language": "en"
-    }
-    summary = summarise([*rows, lost], normalizer="seed")
+    options = {"normalizer": "seed", "audio": SPOKEN}
+    lost = [
+        score_clip("Hello there.", None, "en", **options | {"audio": None}),
+        score_clip("Hello there.", "", "en", **options, transcript={"error": "out of memory"}),
+    ]
+    lost = [row | {"language": "en"} for row in lost]
+    summary = summarise([*rows, *lost], normalizer="seed")
     english = summary["languages"]["en"]["published"]
     assert round(100 * english["value"], 3) == HEAD["averages"]["seed en"]
-    assert english["left_out"] == 1 and english["average"] == "utterances"
+    assert english["left_out"] == 2 and english["average"] == "utterances"
     both = [summary["languages"][code]["published"]["value"] for code in ("en", "zh")]
     assert summary["overall"]["published"]["value"] == pytest.approx(sum(both) / 2)
     assert summarise(rows)["overall"]["published"] is None
