@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 
 from eval.languages import language
 from higgs_lab.manifest import AUDIO_SUFFIXES, Utterance, file_stem
+from higgs_lab.runlog import fingerprint
 
 
 @dataclass(frozen=True)
@@ -297,29 +297,6 @@ def _wave_or_path(audio, sample_rate_hz: int):
     from higgs_lab.audio import read_audio
 
     return audio if audio is None or isinstance(audio, Path) else read_audio(audio, sample_rate_hz)
-
-
-def fingerprint(folder: str | Path) -> str:
-    """Hash of a folder's configs whole and of its weight files in samples (16 hex digits).
-
-    Start, middle and end of each file, and its size: a retrained model under an old name is told
-    apart without reading 9 GB. Raises FileNotFoundError for a folder without weights.
-    """
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".json", ".safetensors"))
-    if not any(p.suffix == ".safetensors" for p in files):
-        raise FileNotFoundError(f"{folder} holds no .safetensors weights")
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
-        with path.open("rb") as file:
-            if path.suffix == ".json" or size < 3 << 20:
-                digest.update(file.read())
-                continue
-            for offset in (0, size // 2, size - (1 << 20)):
-                file.seek(offset)
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ def save_adapter(model: PeftModel, out: str | Path, meta: dict) -> None:
         model.peft_config["default"].base_model_name_or_path = name
         model.save_pretrained(str(temporary), save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template, empty
+        # PEFT writes a set, in another order each time: the same adapter must be the same file
+        config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+        config["target_modules"] = sorted(config["target_modules"])
+        write_json_atomic(temporary / "adapter_config.json", config)
         write_json_atomic(temporary / META, meta)
 
 

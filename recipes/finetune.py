@@ -132,11 +132,13 @@ def train(config: TrainConfig) -> None:
         )
     run.start_trackers()
     finished = run.loop(start)
-    if finished and accelerator.is_main_process:
+    result = out / ("model" if config.method == "full" else "adapter")
+    # A finished run, started again, leaves what may have been judged and exported as it is.
+    if finished and accelerator.is_main_process and not (start == config.steps and result.is_dir()):
         run.save_result(base.path)
     accelerator.wait_for_everyone()
     if finished:
-        say(f"done: {out / ('model' if config.method == 'full' else 'adapter')}")
+        say(f"done: {result}")
     else:
         say(f"stopped by SIGTERM; the same command goes on from {out / 'checkpoints'}")
     accelerator.end_training()  # last: the processes can no longer wait for each other then

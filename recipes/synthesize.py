@@ -25,6 +25,7 @@ from higgs_lab.manifest import Utterance, file_stem, read_manifest, write_manife
 from higgs_lab.runlog import (
     Progress,
     RunLog,
+    fingerprint,
     provenance,
     read_jsonl,
     remove_leftovers,
@@ -249,11 +250,11 @@ def _settings(config: SynthesizeConfig, checkpoint: Checkpoint) -> dict:
     free = ("out", "source", "text", "batch_size", "device", "takes")
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     settings["revision"] = checkpoint.revision
-    settings["model_files"] = _weights(checkpoint.path)
+    settings["model_files"] = fingerprint(checkpoint.path)
     if config.adapter is not None:
         from higgs_lab.adapter import find_adapter
 
-        settings["adapter_files"] = _weights(find_adapter(config.adapter))
+        settings["adapter_files"] = fingerprint(find_adapter(config.adapter))
     return settings
 
 
@@ -279,12 +280,6 @@ def _record(out: Path, settings: dict, config: SynthesizeConfig, checkpoint: Che
     save_config(config, out / "config.yaml")
     record = provenance(model=checkpoint.name, revision=checkpoint.revision, adapter=config.adapter)
     write_json_atomic(out / "provenance.json", record)
-
-
-def _weights(folder: Path) -> list[list]:
-    """Name, size and time of the weight files: a fine-tune that went on is another model."""
-    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _is_there(record: dict, out: Path) -> bool:

@@ -358,6 +358,7 @@ def test_an_adapter_folder_is_a_standard_peft_one(base, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
+    assert config["target_modules"] == sorted(config["target_modules"])  # PEFT's set has no order
     plain = PeftModel.from_pretrained(load_talker(base, dtype=torch.float32), str(folder)).eval()
     prompt = three_prompts()[0]
     assert torch.equal(probe_logits(plain, prompt), probe_logits(model, prompt))

@@ -125,6 +125,15 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run_directory(straight):
     assert not [p for p in straight.rglob(".tmp-*")]
 
 
+def test_a_finished_run_started_again_leaves_its_result_alone(prepared, straight, capsys):
+    """What was spoken, judged and exported with it would otherwise count as made with another."""
+    files = sorted((straight / "adapter").iterdir())
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    run(prepared, straight, steps=10, save_every=5, dropout=0.1, valid_every=5)
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+    assert f"done: {straight / 'adapter'}" in capsys.readouterr().out
+
+
 def test_five_steps_then_resume_equals_ten_straight_bit_for_bit(prepared, straight, tmp_path):
     out = tmp_path / "run"
     common = dict(save_every=5, dropout=0.1, valid_every=5)
@@ -230,6 +239,38 @@ def test_two_processes_give_the_one_process_curves(prepared, tmp_path):
     theirs = adapter(tmp_path / "two")
     for key, value in adapter(tmp_path / "one").items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-2, atol=2e-4)
+
+
+def test_a_step_follows_the_schedule_and_the_clipped_gradient(prepared, tmp_path):
+    """AdamW's first step moves a weight by the learning rate, whatever its gradient."""
+    changes = dict(steps=1, lr=1e-2, warmup_steps=10, max_grad_norm=0.01, valid_every=0)
+    metrics = run(prepared, tmp_path / "run", **changes)
+    moved = [v for k, v in adapter(tmp_path / "run").items() if "lora_B" in k]  # zero before
+    assert max(float(v.abs().max()) for v in moved) == pytest.approx(1e-3, rel=1e-3)
+    file = tmp_path / "run" / "checkpoints" / "step-1" / "state.pt"
+    states = torch.load(file, weights_only=False)["optimizer"]["state"].values()
+    seen = torch.cat([state["exp_avg"].flatten() for state in states]) / 0.1  # 1 - beta1
+    assert float(seen.norm()) == pytest.approx(0.01, rel=1e-3) and curve(metrics, "grad_norm") > [
+        0.01
+    ]
+
+
+def test_samples_and_validations_change_nothing_that_is_learnt(prepared, tmp_path):
+    changes = dict(steps=2, dropout=0.2)
+    run(prepared, tmp_path / "quiet", valid_every=0, **changes)
+    looks = dict(valid_every=1, sample_every=1, sample_texts=["Hi."])
+    run(prepared, tmp_path / "looking", **looks, **changes)
+    assert len(list((tmp_path / "looking" / "samples").glob("step-*/0.wav"))) == 2
+    assert same(adapter(tmp_path / "quiet"), adapter(tmp_path / "looking"))
+
+
+def test_codebook_weights_are_relative(prepared, tmp_path):
+    norms = {}
+    for name, weights in {"none": None, "threes": [3.0] * 8, "first": [1.0] + [0.0] * 7}.items():
+        metrics = run(prepared, tmp_path / name, steps=1, valid_every=0, codebook_weights=weights)
+        norms[name] = curve(metrics, "grad_norm")[0]
+    assert norms["threes"] == pytest.approx(norms["none"], rel=1e-4)
+    assert abs(norms["first"] / norms["none"] - 1) > 0.2
 
 
 def test_trap34_one_pack_of_all_equals_accumulated_packs(prepared, nano):
