@@ -128,7 +128,7 @@ def settings(
             f"takes={takes}: {system.name} says a text in one way, so one take is all there is"
         )
     for row in test_set.rows:  # what would be refused after hours of speaking is refused here
-        if not normalize(strip_tags(row.text), row.language, normalizer):
+        if not normalize(strip_tags(row.text), row.language, normalizer, heard=True):
             raise ValueError(f"{row.where}: no words are left of {row.text!r} by {normalizer}")
     encoder = None if speaker == "none" else encoder_details(speaker)
     if encoder and mined_with:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tarfile
 from collections import Counter
 
@@ -246,7 +247,7 @@ def test_a_path_of_that_name_comes_before_the_public_set(tmp_path, monkeypatch):
         load_set("fleurs", folder=tmp_path / "no")
 
 
-def test_a_run_takes_the_protocol_of_its_set_and_says_so(tmp_path, capsys):
+def test_a_run_takes_the_protocol_of_its_set_and_says_so(tmp_path, capsys, monkeypatch):
     folder = make_seed(tmp_path / "seed")
     options = ["--model", "human", "--set", "seed-tts-eval:en", "--set-path", str(folder),
                "--speaker", "none", "--cache", "none", "--device", "cpu"]  # fmt: skip
@@ -263,6 +264,11 @@ def test_a_run_takes_the_protocol_of_its_set_and_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit, match="is for English, not 'zh'"):
         main([*options[:3], "seed-tts-eval:zh", *options[4:], "--asr", "none",
               "--normalizer", "whisper-english", "--out", str(tmp_path / "c")])  # fmt: skip
+    # A package that only a transcript will need is missed before anything is spoken.
+    monkeypatch.setitem(sys.modules, "zhconv", None)
+    with pytest.raises(SystemExit, match=r"needs zhconv: pip install 'higgs_lab\[protocols\]'"):
+        main([*options[:3], "seed-tts-eval:zh", *options[4:], "--asr", "none",
+              "--out", str(tmp_path / "c")])  # fmt: skip
     assert not (tmp_path / "c").exists()
 
 
