@@ -3,8 +3,8 @@
 # Nothing is assumed installed but git, make and Python 3.11 or newer with pip.
 
 PYTHON ?= python3
-OUT ?= demo
 DATA ?=
+OUT ?= $(if $(DATA),demo-data,demo)
 PYTEST ?=
 MODEL ?= nano
 VALIDATION ?= validation

@@ -44,12 +44,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out, began = args.out, time.monotonic()
     train, test = out / "train.jsonl", out / "test.jsonl"
-    if not (train.is_file() and test.is_file()):
+    made_of, note = args.data or "a new espeak-ng voice", out / "source.txt"
+    if train.is_file() and test.is_file():
+        if note.is_file() and (before := note.read_text(encoding="utf-8")) != made_of:
+            sys.exit(
+                f"demo: {out} is a demo of {before}, not of {made_of}: name another folder "
+                "(make demo OUT=..., or --out)"
+            )
+    else:
         if args.data:
             with one_line_errors("demo"):
                 take_recordings(args.data, train, test, args.tests, args.clips)
         else:
             make_recordings(out / "recordings", train, test, args.tests)
+        note.write_text(made_of, encoding="utf-8")
 
     def tool(name: str, *options: str) -> None:
         run(["python", "-m", name, *options])

@@ -6,6 +6,7 @@ import pytest
 
 from higgs_lab.audio import write_wav
 from higgs_lab.manifest import Utterance, read_manifest, write_manifest
+from recipes import demo
 from recipes.demo import main, take_recordings
 from tests.tiny import voice_like
 
@@ -71,3 +72,15 @@ def test_too_little_data_ends_with_one_line_and_nothing_written(tmp_path):
     with pytest.raises(SystemExit, match="demo: .*3 different texts; at least 4"):
         main(["--out", str(out), "--data", path])
     assert not out.exists()
+
+
+def test_other_recordings_are_not_taken_for_those_already_there(tmp_path, monkeypatch):
+    """`make demo`, then `make demo DATA=...`: the first voice must not be trained again instead."""
+    monkeypatch.setattr(demo, "run", lambda command: None)
+    data = source(tmp_path, {"a": 6})
+    main(["--data", data, "--out", str(tmp_path / "out")])
+    main(["--data", data, "--out", str(tmp_path / "out")])
+    with pytest.raises(
+        SystemExit, match="a demo of .*all.jsonl, not of a new espeak-ng voice: name"
+    ):
+        main(["--out", str(tmp_path / "out")])

@@ -21,7 +21,7 @@ ALLOWED = {
     "eval": ("eval", "serve.client", "higgs_lab"),
     "recipes": ("recipes", *JUDGES, "higgs_lab"),
 }
-MAX_LINES = 450
+MAX_LINES = 400
 HEAVY = ("torch", "transformers", "numpy", "peft", "datasets")
 
 
