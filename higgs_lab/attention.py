@@ -1,14 +1,21 @@
 """Attention over packed documents: none sees another.
 
-Two twins behind one call, both fed by transformers' Qwen3 blocks:
-- "sdpa" with an explicit block-causal mask: the reference, runs anywhere;
-- "higgs_varlen": `torch.nn.attention.varlen`, flash attention on CUDA that skips what lies outside
-  a document and never builds a mask.
+Four ways to the same result (`Documents.attend`):
+- "sdpa", one call with an explicit block-causal mask: the reference, runs anywhere;
+- "varlen", `torch.nn.attention.varlen`: flash attention on CUDA that skips what lies outside a
+  document and never builds a mask;
+- "flex", FlexAttention with a block mask: CUDA of any dtype, compiled;
+- "split", one call a document: on a CPU the least work.
+
+Transformers' Qwen3 blocks know the first two, as "sdpa" and "higgs_varlen".
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -72,14 +79,161 @@ def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
 ) -> Tensor:
     """Flash attention over packed documents: q [L, H, d], k and v [L, H_kv, d] -> [L, H, d]."""
+    call, grouped = _varlen_call(q.device)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not grouped:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return call(q, k, v, cu_seqlens, max_seqlen, scale)
+
+
+@cache
+def _varlen_call(device: torch.device) -> tuple[Callable, bool]:
+    """How this torch is asked, and whether key-value heads may be fewer than query heads.
+
+    torch 2.10 said is_causal=True, later releases window_size=(-1, 0). The kernel has always taken
+    grouped heads; `varlen_attn` has let them through since enable_gqa, so that in older releases
+    they go to the operator below it, where a trial shows that it works.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # the grouped call is newer than torch 2.11
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    cu, longest = cu_seqlens, max_seqlen
-    extra = _causal_kwargs(varlen_attn)
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **extra)
+    names = inspect.signature(varlen_attn).parameters
+    if "is_causal" in names:
+
+        def call(q, k, v, cu, longest, scale):
+            return varlen_attn(q, k, v, cu, cu, longest, longest, is_causal=True, scale=scale)
+
+        return call, False
+    if "enable_gqa" in names:
+
+        def call(q, k, v, cu, longest, scale):
+            return varlen_attn(
+                q, k, v, cu, cu, longest, longest,
+                scale=scale, window_size=(-1, 0), enable_gqa=True,
+            )  # fmt: skip
+
+        return call, True
+
+    def operator(q, k, v, cu, longest, scale):
+        made = torch.ops.torch_attn._varlen_attn(
+            q, k, v, cu, cu, longest, longest, True, scale, [-1, 0]
+        )
+        return made[0]
+
+    def call(q, k, v, cu, longest, scale):
+        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
+
+    return (operator, True) if _takes_groups(operator, device) else (call, False)
+
+
+def _takes_groups(operator: Callable, device: torch.device) -> bool:
+    """Whether grouped heads give what repeated ones do, gradients too."""
+    if device.type != "cuda":
+        return False
+    with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v = (
+            torch.randn(40, heads, 64, generator=generator, device=device, dtype=torch.bfloat16)
+            for heads in (4, 2, 2)
+        )
+        cu = torch.tensor([0, 25, 40], dtype=torch.int32, device=device)
+        found = []
+        for repeat in (1, 2):
+            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+            wide = [leaves[0], *(t.repeat_interleave(repeat, dim=1) for t in leaves[1:])]
+            try:
+                out = operator(*wide, cu, 25, None)
+                out.float().square().sum().backward()
+            except (RuntimeError, ValueError, TypeError, AttributeError):
+                return False
+            found.append([out.detach(), *(t.grad for t in leaves)])
+        return all(
+            bool((a - b).float().norm() < 0.02 * b.float().norm())
+            for a, b in zip(*found, strict=True)
+        )
+
+
+@dataclass
+class Documents:
+    """Where the documents of a pack lie, in the form that one kind of attention needs.
+
+    Made once a pass, outside of what is compiled; `attend` is called in every block.
+    """
+
+    kind: str  # one of KINDS
+    cu_seqlens: Tensor
+    max_seqlen: int
+    bounds: tuple[int, ...] = ()  # split: from 0 to L
+    mask: Tensor | None = None  # sdpa
+    block_mask: object = None  # flex
+
+    @classmethod
+    def of(cls, kind: str, cu_seqlens: Tensor, max_seqlen: int, length: int) -> Documents:
+        if kind == "split":
+            return cls(kind, cu_seqlens, max_seqlen, bounds=tuple(cu_seqlens.tolist()))
+        if kind == "sdpa":
+            return cls(kind, cu_seqlens, max_seqlen, mask=packed_mask(cu_seqlens, length))
+        if kind == "flex":
+            return cls(kind, cu_seqlens, max_seqlen, block_mask=block_mask(cu_seqlens, length))
+        # one value for almost all packs, so that nothing is compiled anew; the kernel's blocks
+        # beyond a document's end return at once
+        return cls(kind, cu_seqlens, -(-max_seqlen // 1024) * 1024)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [L, H, d], k and v [L, H_kv, d] -> [L, H, d]."""
+        if self.kind == "varlen":
+            return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen)
+        if self.kind == "split":
+            return _split_attention(q, k, v, self.bounds)
+        one = [t[None].transpose(1, 2) for t in (q, k, v)]  # [1, H, L, d]
+        grouped = q.shape[1] != k.shape[1]
+        if self.kind == "flex":
+            out = _flex()(*one, block_mask=self.block_mask, enable_gqa=grouped)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *one, attn_mask=self.mask, enable_gqa=grouped
+            )
+        return out[0].transpose(0, 1)
+
+
+KINDS = ("varlen", "flex", "sdpa", "split")
+
+
+def attention_kind(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kind for "auto", or the one wanted; ValueError where that cannot run."""
+    varlen = varlen_available(device, dtype)
+    if wanted == "varlen" and not varlen:
+        raise ValueError("attention=varlen needs CUDA, bf16 and a torch with varlen_attn: use sdpa")
+    if wanted == "flex" and device.type != "cuda":
+        raise ValueError("attention=flex has no gradient on a CPU: use sdpa or split")
+    if wanted != "auto":
+        return wanted
+    if varlen:
+        return "varlen"
+    return "split" if device.type == "cpu" else "sdpa"
+
+
+@cache
+def _flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # uncompiled it writes out every score
+    return (
+        torch.compile(flex_attention, dynamic=False)
+        if torch.cuda.is_available()
+        else flex_attention
+    )
+
+
+def block_mask(cu_seqlens: Tensor, length: int):
+    """FlexAttention's block mask of packed documents."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    document = documents(cu_seqlens, length)
+
+    def causal_within(batch, head, query, key):
+        return (document[query] == document[key]) & (query >= key)
+
+    return create_block_mask(causal_within, None, None, length, length, document.device)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
@@ -88,6 +242,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tens
         cu = torch.tensor(bounds, dtype=torch.int32, device=q.device)
         longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
         return varlen_attention(q, k, v, cu, longest)
+    return _split_attention(q, k, v, bounds)
+
+
+def _split_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
     parts = []
     for start, end in zip(bounds, bounds[1:], strict=False):
         one = (t[None, start:end].transpose(1, 2) for t in (q, k, v))  # [1, H, n, d]
@@ -96,13 +254,6 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tens
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
-
-
-def _causal_kwargs(varlen_attn) -> dict:
-    """torch 2.10 said is_causal=True, later releases window_size=(-1, 0)."""
-    if "is_causal" in inspect.signature(varlen_attn).parameters:
-        return {"is_causal": True}
-    return {"window_size": (-1, 0)}
 
 
 AttentionInterface.register(VARLEN, _varlen_forward)

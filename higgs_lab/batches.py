@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from higgs_lab.loss import Targets
 from higgs_lab.prompt import Example
 
 
@@ -28,7 +29,7 @@ class Batch:
     labels: Tensor  # [1, L, K]
     supervised: Tensor  # [1, L, K] bool
     position_ids: Tensor  # [1, L], from 0 in each document
-    cu_seqlens: Tensor  # [D+1] int32; padding, if any, is one more document
+    cu_seqlens: Tensor  # [D+1] int32; padding, if any, is more documents
     max_seqlen: int
     real_positions: int  # without padding
     num_documents: int  # without padding
@@ -42,14 +43,26 @@ class Batch:
         }
         return Batch(**moved)
 
+    def pin(self) -> Batch:
+        """In page-locked memory, from which a GPU copies while the host goes on."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in moved.items()}
+        )
+
     def inputs(self) -> dict:
         """Keyword arguments of `Talker.forward`."""
         names = ("ids", "is_audio", "rows", "position_ids", "cu_seqlens", "max_seqlen")
         return {name: getattr(self, name) for name in names}
 
+    def targets(self, weights: Tensor) -> Targets:
+        """The cells that bear loss; weights [K] of the codebooks. On the CPU: it looks at them."""
+        at = self.supervised[0].any(-1).nonzero()[:, 0]
+        return Targets(at, self.labels[0, at], self.supervised[0, at], weights.to(at.device))
+
 
 def pack(examples: Sequence[Example], pad_to: int | None = None) -> Batch:
-    """Lay examples end to end; pad_to adds one unsupervised document for a static shape."""
+    """Lay examples end to end; pad_to adds unsupervised documents for a static shape."""
     if not examples:
         raise ValueError("nothing to pack: no examples given")
     lengths = [len(e.ids) for e in examples]
@@ -64,8 +77,10 @@ def pack(examples: Sequence[Example], pad_to: int | None = None) -> Batch:
         if missing < 0:
             raise ValueError(f"examples hold {real} positions, more than pad_to={pad_to}")
         columns = [torch.cat([c, c.new_zeros((missing, *c.shape[1:]))]) for c in columns]
-        positions = torch.cat([positions, torch.arange(missing)])
-        lengths = [*lengths, missing]
+        longest = max(lengths)  # padding must not become the longest document
+        padding = [min(longest, missing - start) for start in range(0, missing, longest)]
+        positions = torch.cat([positions, *(torch.arange(n) for n in padding)])
+        lengths = [*lengths, *padding]
     ids, is_audio, rows, labels, supervised = (c[None] for c in columns)
     return Batch(
         ids=ids,
@@ -87,13 +102,14 @@ def plan_packs(
     """Cut `order` (indices into lengths) into packs of at most budget_positions each.
 
     Within each window the longest go first and each goes to the first pack with room (first fit
-    decreasing); a pack's members keep the shuffled order of the packs among themselves.
+    decreasing). Packs that are less than 98 % full take from the next window too: what a window
+    leaves open would be a tenth of all.
     """
     packs: list[list[int]] = []
+    open_packs: list[list[int]] = []
+    room: list[int] = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
-        open_packs: list[list[int]] = []
-        room: list[int] = []
         for index in sorted(part.tolist(), key=lambda i: (-lengths[i], i)):
             need = int(lengths[index])
             slot = next((s for s, free in enumerate(room) if free >= need), None)
@@ -103,8 +119,11 @@ def plan_packs(
                 slot = len(room) - 1
             open_packs[slot].append(index)
             room[slot] -= need
-        packs += open_packs
-    return packs
+        full = [free <= 0.02 * budget_positions for free in room]
+        packs += [pack for pack, done in zip(open_packs, full, strict=True) if done]
+        open_packs = [pack for pack, done in zip(open_packs, full, strict=True) if not done]
+        room = [free for free, done in zip(room, full, strict=True) if not done]
+    return packs + open_packs
 
 
 class PackedLoader:
@@ -159,6 +178,13 @@ class PackedLoader:
                 f"{int(too_long[0])}): raise budget_positions or drop them"
             )
         return lengths
+
+    def largest(self) -> Batch:
+        """The pack of the first epoch that needs the most memory."""
+        lengths = self.checked_lengths(0)
+        members = max(self.epoch_packs(0), key=lambda part: sum(lengths[i] for i in part))
+        examples = [self.build(index, 0) for index in members]
+        return pack(examples, self.budget_positions if self.pad else None)
 
     def steps_per_epoch(self) -> int:
         return len(self.epoch_packs(0)) // self.packs_per_step

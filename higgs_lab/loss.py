@@ -58,6 +58,19 @@ class LossSums:
         return figures
 
 
+@dataclass
+class Targets:
+    """What a batch of one row is to predict; N positions that bear loss."""
+
+    at: Tensor  # [N] positions, long
+    labels: Tensor  # [N, K]
+    supervised: Tensor  # [N, K] bool
+    weights: Tensor  # [K] fp32, of the codebooks
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        return Targets(*(t.to(device, non_blocking=non_blocking) for t in vars(self).values()))
+
+
 def codebook_loss(
     logits: Tensor, labels: Tensor, supervised: Tensor, chunk_positions: int = 1024
 ) -> LossSums:
@@ -88,3 +101,59 @@ def codebook_loss(
             ]
         )
     return LossSums.unstack(sums)
+
+
+def head_loss(
+    hidden: Tensor, table: Tensor, targets: Targets, chunk_positions: int = 1024
+) -> tuple[Tensor, LossSums]:
+    """Head and `codebook_loss` in one: (weighted sum, plain sums) of hidden [N, D], table [K*V, D].
+
+    Neither the logits nor their gradient exist for more than chunk_positions at a time: the
+    gradient of the hidden states is computed on the way forth and scaled on the way back (as Liger
+    Kernel's fused linear cross-entropy does). The sums carry no gradient.
+    """
+    loss, sums = _HeadLoss.apply(
+        hidden, table, targets.labels, targets.supervised, targets.weights, chunk_positions
+    )
+    return loss, LossSums.unstack(sums)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, table, labels, supervised, weights, chunk_positions):
+        K, dtype = labels.shape[1], hidden.dtype
+        flat = table.to(dtype)
+        want_hidden, want_table = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if want_hidden else None
+        d_table = torch.zeros_like(table) if want_table else None
+        sums = torch.zeros(4, K, dtype=torch.float32, device=hidden.device)
+        eoc = labels == EOC
+        for start in range(0, len(hidden), chunk_positions):
+            part = slice(start, start + chunk_positions)
+            logits = F.linear(hidden[part], flat).float().unflatten(-1, (K, -1))
+            label, mine = labels[part, :, None], supervised[part]
+            log_probs = logits.log_softmax(-1)
+            nll = -log_probs.gather(-1, label)[..., 0]
+            is_eoc, is_code = mine & eoc[part], mine & ~eoc[part]
+            sums += torch.stack(
+                [(nll * is_code).sum(0), is_code.sum(0), (nll * is_eoc).sum(0), is_eoc.sum(0)]
+            )
+            if not (want_hidden or want_table):
+                continue
+            grad = log_probs.exp_()
+            grad.scatter_add_(-1, label, -torch.ones_like(nll)[..., None])
+            grad = (grad * (mine * weights)[..., None]).to(dtype).flatten(1)
+            if want_hidden:
+                torch.mm(grad, flat, out=d_hidden[part])
+            if want_table:
+                d_table += grad.t() @ hidden[part]
+        ctx.save_for_backward(d_hidden, d_table)
+        ctx.mark_non_differentiable(sums)
+        return ((sums[0] + sums[2]) * weights).sum(), sums
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        d_hidden, d_table = ctx.saved_tensors
+        d_hidden = None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype)
+        d_table = None if d_table is None else d_table * d_loss.to(d_table.dtype)
+        return d_hidden, d_table, None, None, None, None

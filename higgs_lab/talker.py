@@ -21,6 +21,7 @@ from transformers import Cache, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from higgs_lab.attention import VARLEN, packed_mask
+from higgs_lab.loss import LossSums, Targets, head_loss
 
 # transformers 5.2x calls it `cache`, and 5.40 will refuse the older name.
 ARGUMENTS = inspect.signature(Qwen3Model.forward).parameters
@@ -32,7 +33,9 @@ class TalkerOutput:
     """hidden: [B, L, D] after the final norm; logits: [B, L, K, V], or [N, K, V] where asked."""
 
     hidden: Tensor
-    logits: Tensor
+    logits: Tensor | None
+    loss: Tensor | None = None  # of targets, instead of logits: the weighted sum over their cells
+    sums: LossSums | None = None
 
 
 class FusedCodebooks(nn.Module):
@@ -70,6 +73,7 @@ class Talker(nn.Module):
         self.model = Qwen3Model(config)
         self.codebooks = FusedCodebooks(num_codebooks, codebook_size, config.hidden_size)
         nn.init.normal_(self.codebooks.weight, std=config.initializer_range)
+        self.fused = None  # a fine-tune's way through the blocks, see higgs_lab/fused.py
 
     def forward(
         self,
@@ -82,6 +86,7 @@ class Talker(nn.Module):
         max_seqlen: int | None = None,
         cache: Cache | None = None,
         logits_at: Tensor | None = None,
+        targets: Targets | None = None,
     ) -> TalkerOutput:
         """One pass over ids [B, L], is_audio [B, L] bool, rows [B, L, K].
 
@@ -89,13 +94,18 @@ class Talker(nn.Module):
         [D+1] and max_seqlen, with position_ids that restart in each document. cache: keys and
         values of earlier positions, which is extended. logits_at: bool [B, L], to run the head only
         there (logits [N, K, V]); audio rows are half of a sequence or less, and the head's output
-        is larger than any hidden state.
+        is larger than any hidden state. targets: to get the loss instead, whose logits never exist
+        as a whole.
         """
         embeds = self.embed(ids, is_audio, rows)
         kwargs = {}
         if cu_seqlens is not None:
             if len(ids) != 1 or position_ids is None or attention_mask is not None:
                 raise ValueError("packed input is one row with position_ids and no attention_mask")
+            if self.fused is not None and cache is None:
+                cos, sin = self.model.rotary_emb(embeds, position_ids)
+                hidden = self.fused(embeds, cos, sin, cu_seqlens, max_seqlen)
+                return self._output(hidden, logits_at, targets)
             if self.config._attn_implementation == VARLEN:
                 attention_mask = {"full_attention": None}  # a dict: transformers builds no mask
                 kwargs = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
@@ -109,7 +119,15 @@ class Talker(nn.Module):
             **{CACHE: cache},
             **kwargs,
         )
-        hidden = out.last_hidden_state
+        return self._output(out.last_hidden_state, logits_at, targets)
+
+    def _output(
+        self, hidden: Tensor, logits_at: Tensor | None, targets: Targets | None
+    ) -> TalkerOutput:
+        if targets is not None:
+            picked = hidden.flatten(0, 1)[targets.at]
+            loss, sums = head_loss(picked, self.codebooks.weight, targets)
+            return TalkerOutput(hidden, None, loss, sums)
         picked = hidden if logits_at is None else hidden[logits_at]
         return TalkerOutput(hidden, self.codebooks.logits(picked))
 

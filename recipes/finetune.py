@@ -11,6 +11,7 @@ run.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
 from higgs_lab.adapter import attach_lora, base_fingerprint
-from higgs_lab.attention import VARLEN, varlen_available
+from higgs_lab.attention import VARLEN, attention_kind
 from higgs_lab.batches import PackedLoader
 from higgs_lab.checkpoint import load_talker, resolve_checkpoint
 from higgs_lab.codec import Codec
 from higgs_lab.config import cli, load_config, one_line_errors, save_config
+from higgs_lab.fused import fuse, unfusable
 from higgs_lab.prepared import load_prepared, prepared_info
 from higgs_lab.quantize import quantize_nf4
 from higgs_lab.resume import saved_steps, trainable_state
@@ -31,8 +33,10 @@ from higgs_lab.runlog import provenance, write_json_atomic
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
 from recipes.train_config import TrainConfig, check
+from recipes.train_plan import plan
 from recipes.train_run import Run
 
+COMPILE_FROM_STEPS = 200
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -42,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: TrainConfig) -> None:
+    launched = time.monotonic()
     check(config)
     out = Path(config.out)
     bf16 = config.precision == "bf16" or (
@@ -89,6 +94,7 @@ def train(config: TrainConfig) -> None:
         rank=rank,
         world_size=world,
         packs_per_step=config.packs_per_step,
+        pad=compiles(config, accelerator.device),  # a compiled step wants packs of one size
     )
 
     model = build_model(config, base.path, accelerator.device, bf16)
@@ -98,6 +104,7 @@ def train(config: TrainConfig) -> None:
         lr=config.lr,
         betas=(0.9, 0.95),
         weight_decay=config.weight_decay,
+        fused=accelerator.device.type == "cuda",
     )
     run = Run(config, accelerator, model, optimizer, vocab, codec, loader, valid, out)
     facts = dict(
@@ -105,7 +112,7 @@ def train(config: TrainConfig) -> None:
     )
     facts |= dict(base_fingerprint=base_fingerprint(base.path), data=info["splits"])
     facts |= dict(data_fingerprint=info.get("fingerprint"))
-    run.facts = facts
+    run.facts, run.launched = facts, launched
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         refuse_other_run(config, facts, out)
@@ -113,19 +120,10 @@ def train(config: TrainConfig) -> None:
         write_json_atomic(out / "provenance.json", provenance(**facts))
     accelerator.wait_for_everyone()
     start = run.resume()
-    per_epoch = loader.steps_per_epoch()
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    mix = data.mode_shares()
-    shares = ", ".join(f"{m} {s:.0%}" for m, s in mix.items())
-    hours = sum(data.frames) / vocab.frame_rate_hz / 3600
-    say(
-        f"{len(data)} clips, {hours:.2f} h; prompts: {shares}\n"
-        f"{count:,} trainable values in {len(parameters)} tensors; {world} process(es), "
-        f"{config.packs_per_step} packs of {config.budget_positions} positions a step\n"
-        f"{config.steps} steps = {config.steps / max(per_epoch, 1):.1f} epochs, "
-        f"{'from step ' + str(start) if start else 'from the base'}; run directory {out}"
-    )
-    if mix["zero_shot"] == 1 and modes.clone + modes.clone_text > 0:
+    say(f"{count:,} trainable values in {len(parameters)} tensors; run directory {out}")
+    say(plan(config, run, data, start), flush=True)
+    if data.mode_shares()["zero_shot"] == 1 and modes.clone + modes.clone_text > 0:
         say(
             "note: no reference for any clip, so the model may forget how to clone: name the "
             "speakers (recipes/prepare.py speaker=NAME, if all are one), or give rows a ref_audio"
@@ -152,20 +150,30 @@ def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn
         talker = quantize_nf4(load_talker(base, "cpu", frozen), device)
     else:
         talker = load_talker(base, device, frozen if config.method == "lora" else torch.float32)
-    varlen = varlen_available(talker.device, torch.bfloat16 if bf16 else torch.float32)
-    if config.attention == "varlen" and not varlen:
-        raise ValueError("attention=varlen needs CUDA, bf16 and a torch with varlen_attn: use sdpa")
-    if varlen and config.attention != "sdpa":
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    kind = attention_kind(config.attention, talker.device, dtype)
+    if kind == "varlen":
         talker.model.set_attn_implementation(VARLEN)
-    if config.gradient_checkpointing:
-        talker.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.method != "full":
-        return attach_lora(
+    if config.method == "full":
+        model = talker.requires_grad_(True)
+        # text has no loss; its table would only drift
+        talker.model.embed_tokens.requires_grad_(False)
+    else:
+        model = attach_lora(
             talker, config.preset, config.rank, config.alpha, config.dropout, seed=config.seed
-        ).train()
-    talker.requires_grad_(True)
-    talker.model.embed_tokens.requires_grad_(False)  # text has no loss; its table would only drift
-    return talker.train()
+        )
+    if unfusable(model) is None:
+        fuse(model, kind, config.checkpointing, compiles(config, talker.device), dtype)
+    elif config.checkpointing != "none":  # by modules: all of a block again
+        talker.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: it takes a minute, which a short run does not earn back."""
+    if config.compile is None:
+        return device.type == "cuda" and config.steps >= COMPILE_FROM_STEPS
+    return config.compile
 
 
 def refuse_other_run(config: TrainConfig, facts: dict, out: Path) -> None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from higgs_lab.adapter import TARGETS
+from higgs_lab.attention import KINDS
+from higgs_lab.fused import CHECKPOINTING
 
 
 @dataclass
@@ -39,8 +41,9 @@ class TrainConfig:
     max_ref_sec: float = 10.0  # longer clips are no references
 
     precision: str = "auto"  # bf16, fp32; auto: bf16 on a GPU that has it
-    attention: str = "auto"  # varlen, sdpa; auto: varlen where it runs
-    gradient_checkpointing: bool = False  # less memory, about a third slower
+    attention: str = "auto"  # varlen, flex, sdpa, split; auto: the fastest that runs here
+    checkpointing: str = "none"  # what is computed again to save memory: none, selective, full
+    compile: bool | None = None  # null: on a GPU, if the run has 200 steps or more
     seed: int = 0
 
     valid_every: int = 100  # steps between validations; 0: never
@@ -59,8 +62,8 @@ class TrainConfig:
 def check(config: TrainConfig) -> None:
     """Raise ValueError for settings that contradict each other."""
     known = {"method": ("lora", "qlora", "full"), "schedule": ("cosine", "linear", "constant")}
-    known |= {"precision": ("auto", "bf16", "fp32"), "attention": ("auto", "varlen", "sdpa")}
-    known |= {"preset": tuple(TARGETS)}
+    known |= {"precision": ("auto", "bf16", "fp32"), "attention": ("auto", *KINDS)}
+    known |= {"preset": tuple(TARGETS), "checkpointing": CHECKPOINTING}
     for name, choices in known.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r}: choose {', '.join(choices)}")

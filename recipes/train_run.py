@@ -12,20 +12,41 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from higgs_lab.adapter import save_adapter
 from higgs_lab.audio import write_wav
 from higgs_lab.batches import Batch, PackedLoader, pack
 from higgs_lab.checkpoint import Checkpoint, save_native
 from higgs_lab.codec import Codec
+from higgs_lab.cost import GIB, Shape
 from higgs_lab.generate import Sampling
-from higgs_lab.loss import LossSums, codebook_loss
+from higgs_lab.loss import LossSums
+from higgs_lab.prefetch import Prefetch
 from higgs_lab.resume import load_step, random_state, save_step, saved_steps, set_random_state
 from higgs_lab.runlog import RunLog, duration, write_json_atomic
 from higgs_lab.speech import Higgs
+from higgs_lab.talker import Talker
 from higgs_lab.training_set import TrainingSet
 from higgs_lab.vocab import Vocab
 from recipes.train_config import TrainConfig, learning_rate
+from recipes.train_plan import card_peak
+
+
+class Clock:
+    """Positions and audio rows a second, over the time that training itself took."""
+
+    def __init__(self):
+        self.began, self.positions, self.frames = time.monotonic(), 0, 0
+
+    def add(self, positions: int, frames: int, _: int) -> None:
+        self.positions, self.frames = self.positions + positions, self.frames + frames
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def rates(self) -> tuple[float, float]:
+        return self.positions / self.seconds(), self.frames / self.seconds()
 
 
 @dataclass
@@ -42,8 +63,13 @@ class Run:
     valid: TrainingSet | None
     out: Path
     facts: dict = field(default_factory=dict)
+    launched: float = field(default_factory=time.monotonic)  # for seconds to the first step
 
     def __post_init__(self):
+        self.talker = next(m for m in self.model.modules() if isinstance(m, Talker))
+        table_rows = self.vocab.num_codebooks * self.vocab.codebook_size
+        self.shape = Shape.of(self.talker.config, table_rows)
+        self.peak = card_peak(self.accelerator.device)
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.terminated = False
         # `accelerate launch` passes no SIGTERM on to a single process: it dies and leaves it alone
@@ -52,7 +78,7 @@ class Run:
         K = self.vocab.num_codebooks
         if weights is not None and len(weights) != K:
             raise ValueError(f"codebook_weights has {len(weights)} values, the model {K} codebooks")
-        self.weights = torch.tensor(weights or [1.0] * K, device=self.accelerator.device)
+        self.host_weights = torch.tensor(weights or [1.0] * K)
         self.log: RunLog | None = None
 
     def resume(self) -> int:
@@ -86,66 +112,114 @@ class Run:
         """Train to the end; False when SIGTERM stopped it."""
         config, accelerator = self.config, self.accelerator
         previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        if start < config.steps:
+            self.try_largest()
+        pin = accelerator.device.type == "cuda"
+        micro = config.packs_per_step // accelerator.num_processes
+        self.batches = Prefetch(self.loader, depth=2 * micro, pin=pin)
         try:
-            batches = iter(self.loader)
             if start == 0 and self.valid is not None:
                 self.validate(0)
-            began, positions, frames = time.monotonic(), 0, 0
+            clock = Clock()
             for step in range(start, config.steps):
-                micro = config.packs_per_step // accelerator.num_processes
-                packs = [next(batches) for _ in range(micro)]
+                packs = [next(self.batches) for _ in range(micro)]
                 sums, norm, totals, stop = self.step(step, packs)
-                positions, frames = positions + totals[0], frames + totals[1]
+                clock.add(*totals)
                 done = step + 1
-                if done % config.log_every == 0 or done == config.steps:
-                    seconds = time.monotonic() - began
-                    rate = positions / seconds
-                    left = (config.steps - done) * seconds / (done - start)
-                    figures = sums.means() | {
-                        "lr": learning_rate(config, step),
-                        "grad_norm": norm,
-                        "positions_per_sec": rate,
-                        "audio_sec_per_sec": frames / self.vocab.frame_rate_hz / seconds,
-                        "pack_fill": totals[0] / (config.packs_per_step * config.budget_positions),
-                        "epoch": self.loader.epoch,
-                    }
-                    self.record(done, figures)
-                    accelerator.print(
-                        f"step {done}/{config.steps}  loss {figures['loss']:.3f}  eoc "
-                        f"{figures.get('loss_eoc', float('nan')):.3f}  lr {figures['lr']:.2e}  "
-                        f"{rate:,.0f} positions/s  left {duration(left)}",
-                        flush=True,
-                    )
+                if step == start:
+                    seconds = time.monotonic() - self.launched
+                    accelerator.print(f"first step done {seconds:.1f} s after the launch")
                 last = done == config.steps
+                if done % config.log_every == 0 or last:
+                    self.report(done, start, sums, norm, totals, clock)
+                pause = time.monotonic()
                 if self.valid is not None and (done % config.valid_every == 0 or last):
                     self.validate(done)
                 if config.sample_every and (done % config.sample_every == 0 or last):
                     self.speak_samples(done)
                 if done % config.save_every == 0 or last or stop:
                     self.save(done)
+                clock.began += time.monotonic() - pause
                 if stop and not last:
                     return False
             return True
         finally:
             signal.signal(signal.SIGTERM, previous)
+            self.batches.close()
             if self.log is not None:
                 self.log.close()
 
-    def step(self, step: int, packs: list[Batch]) -> tuple[LossSums, float, list[int], bool]:
+    def try_largest(self) -> None:
+        """Forth and back on the largest pack, for nothing: memory fails now or not at all, and what
+        is compiled is compiled before the clock runs."""
+        saved = random_state()
+        batch = self.loader.largest()
+        try:
+            with self.accelerator.no_sync(self.wrapped):
+                loss, _ = self.sums(self.wrapped, batch)
+                self.accelerator.backward(loss * 0)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the largest pack ({batch.real_positions} positions) does not fit the memory: "
+                "lower budget_positions (and raise packs_per_step as much), or set "
+                f"checkpointing=selective or full, or method=qlora ({error})"
+            ) from error
+        self.optimizer.zero_grad(set_to_none=True)
+        set_random_state(saved)
+        if self.accelerator.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(self.accelerator.device) / GIB
+            self.accelerator.print(f"memory: {held:.1f} GiB measured on the largest pack")
+
+    def report(self, done: int, start: int, sums: LossSums, norm, totals, clock: Clock) -> None:
+        """A line of figures. positions/s, its share of the card's peak and the real positions."""
+        config, accelerator = self.config, self.accelerator
+        figures = sums.means()  # waits for the device, so that the clock is right
+        rate, frames = clock.rates()
+        left = (config.steps - done) * clock.seconds() / (done - start)
+        figures |= {
+            "lr": learning_rate(config, done - 1),
+            "grad_norm": float(norm),
+            "positions_per_sec": rate,
+            "audio_sec_per_sec": frames / self.vocab.frame_rate_hz,
+            "real_share": totals[0] / totals[2],
+            "pack_fill": totals[0] / (config.packs_per_step * config.budget_positions),
+            "epoch": self.batches.state_dict()["epoch"],
+        }
+        peak = ""
+        if self.peak is not None:
+            flops = rate * self.shape.useful_flops(config.method) / accelerator.num_processes
+            figures["peak_share"] = flops / (self.peak * 1e12)
+            peak = f" ({figures['peak_share']:.0%} of peak)"
+        self.record(done, figures)
+        accelerator.print(
+            f"step {done}/{config.steps}  loss {figures['loss']:.3f}  eoc "
+            f"{figures.get('loss_eoc', float('nan')):.3f}  lr {figures['lr']:.2e}  "
+            f"{rate:,.0f} positions/s{peak}  real {figures['real_share']:.1%}  "
+            f"left {duration(left)}",
+            flush=True,
+        )
+
+    def step(self, step: int, packs: list[Batch]) -> tuple[LossSums, Tensor, list[int], bool]:
         """One optimiser step over packs of this process.
 
-        Returns sums over all processes, the gradient norm, [positions, audio rows] over all, and
-        whether any process was told to stop. The divisor is the number of supervised cells in all
-        packs of all processes, so how they are split changes nothing (facts trap 34).
+        Returns sums over all processes, the gradient norm, [real positions, audio rows, positions]
+        over all, and whether any process was told to stop. The divisor is the number of supervised
+        cells in all packs of all processes, so how they are split changes nothing (facts trap 34).
+        All of it is counted on the host: with one process nothing waits for the device.
         """
         accelerator, device = self.accelerator, self.accelerator.device
-        packs = [batch.to(device, non_blocking=True) for batch in packs]
-        cells = sum((batch.supervised.sum((0, 1)) * self.weights).sum() for batch in packs)
-        mine = [sum(p.real_positions for p in packs), sum(int(p.is_audio.sum()) for p in packs)]
+        cells = sum(float((p.supervised.sum((0, 1)) * self.host_weights).sum()) for p in packs)
+        mine = [
+            sum(p.real_positions for p in packs),
+            sum(int(p.is_audio.sum()) for p in packs),
+            sum(p.ids.shape[1] for p in packs),
+        ]
         stop = self.terminated or self.launcher not in (None, os.getppid())
-        shared = torch.tensor([*mine, int(stop)], dtype=torch.float64, device=device)
-        shared = torch.cat([cells.double().reshape(1), shared])
-        cells, *totals, stop = accelerator.reduce(shared, "sum").tolist()
+        shared = [cells, *mine, int(stop)]
+        if accelerator.num_processes > 1:
+            tensor = torch.tensor(shared, dtype=torch.float64, device=device)
+            shared = accelerator.reduce(tensor, "sum").tolist()
+        cells, *totals, stop = shared
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -153,12 +227,10 @@ class Run:
         for i, batch in enumerate(packs):
             last = i == len(packs) - 1
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
-                sums = self.sums(self.wrapped, batch)
-                loss, _ = sums.weighted(self.weights)
+                loss, sums = self.sums(self.wrapped, batch)
                 # DDP averages gradients over processes; the sum is wanted
                 accelerator.backward(loss * (accelerator.num_processes / cells))
-            part = LossSums(*(t.detach() for t in sums.stack()))
-            collected = part if collected is None else collected + part
+            collected = sums if collected is None else collected + sums
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.model.parameters() if p.requires_grad], self.config.max_grad_norm
         )
@@ -169,27 +241,30 @@ class Run:
             )
         self.optimizer.step()
         stacked = accelerator.reduce(collected.stack(), "sum")
-        return LossSums.unstack(stacked), float(norm), [int(t) for t in totals], stop > 0
+        return LossSums.unstack(stacked), norm, [int(t) for t in totals], stop > 0
 
-    def sums(self, model: torch.nn.Module, pack: Batch) -> LossSums:
-        at = pack.supervised.any(-1)  # [1, L]
-        logits = model(**pack.inputs(), logits_at=at).logits
-        return codebook_loss(logits, pack.labels[at], pack.supervised[at])
+    def sums(self, model: torch.nn.Module, pack: Batch) -> tuple[Tensor, LossSums]:
+        """(weighted loss sum, sums without gradient) of a pack that is still on the host."""
+        device = self.accelerator.device
+        targets = pack.targets(self.host_weights).to(device, non_blocking=True)
+        out = model(**pack.to(device, non_blocking=True).inputs(), targets=targets)
+        return out.loss, out.sums
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
         """Loss per codebook and EOC over the validation rows, each shown the same way each time."""
         accelerator, valid = self.accelerator, self.valid
         self.model.eval()
-        loader = PackedLoader(valid.lengths, valid.build, self.config.budget_positions)
+        budget, pad = self.config.budget_positions, self.loader.pad
+        loader = PackedLoader(valid.lengths, valid.build, budget, pad=pad)
         packs = loader.epoch_packs(0)
         mine = packs[accelerator.process_index :: accelerator.num_processes]
         K = self.vocab.num_codebooks
         total = LossSums(*torch.zeros(4, K, device=accelerator.device))
         with accelerator.autocast():
             for members in mine:
-                batch = pack([valid.build(i, 0) for i in members]).to(accelerator.device)
-                total = total + self.sums(self.model, batch)
+                batch = pack([valid.build(i, 0) for i in members], budget if pad else None)
+                total = total + self.sums(self.model, batch)[1]
         total = LossSums.unstack(accelerator.reduce(total.stack(), "sum"))
         self.model.train()
         figures = {f"valid/{name}": value for name, value in total.means().items()}
@@ -260,7 +335,7 @@ class Run:
         states = gather_object([random_state()])
         if self.accelerator.is_main_process:
             folder = self.out / "checkpoints"
-            loader = self.loader.state_dict()
+            loader = self.batches.state_dict()
             keep = self.config.keep_checkpoints
             save_step(folder, step, self.model, self.optimizer, loader, states, keep)
         self.accelerator.wait_for_everyone()

@@ -35,16 +35,20 @@ def test_pack_lays_examples_end_to_end():
     assert batch.position_ids[0].tolist() == expected
 
 
-def test_padding_is_one_more_document_without_loss():
+def test_padding_is_more_documents_without_loss_none_of_them_the_longest():
     examples = three_examples()
     real = sum(map(len, examples))
     batch = pack(examples, pad_to=real + 300)
     assert batch.ids.shape == (1, real + 300)
-    assert batch.cu_seqlens.tolist()[-2:] == [real, real + 300]
-    assert (batch.real_positions, batch.num_documents, batch.max_seqlen) == (real, 3, 300)
+    bounds = batch.cu_seqlens.tolist()
+    assert bounds[3] == real and bounds[-1] == real + 300
+    longest = max(map(len, examples))
+    assert batch.max_seqlen == longest == max(np.diff(bounds))
+    assert (batch.real_positions, batch.num_documents, batch.max_seqlen) == (real, 3, longest)
     assert not batch.supervised[0, real:].any()
     assert not batch.is_audio[0, real:].any()
-    assert batch.position_ids[0, real:].tolist() == list(range(300))
+    starts = batch.position_ids[0] == 0
+    assert starts.nonzero()[:, 0].tolist() == bounds[:-1]
     assert torch.equal(pack(examples, pad_to=real).ids, pack(examples).ids)
 
 
@@ -178,3 +182,20 @@ def test_too_long_examples_and_empty_sets_are_refused():
         loader(budget_positions=20)
     with pytest.raises(ValueError, match="no training examples"):
         PackedLoader([], build, budget_positions=70)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_positions_not_clips(world_size):
+    """Clips of 1 to 20 s: whoever gets few clips gets long ones."""
+    rng = np.random.default_rng(0)
+    lengths = (25 * rng.lognormal(1.3, 0.7, 4000)).clip(50, 600).astype(int)
+    loader = PackedLoader(
+        lengths, None, 4096, world_size=world_size, packs_per_step=world_size
+    )  # fmt: skip
+    packs = loader.epoch_packs(0)
+    sums = np.array([sum(lengths[i] for i in members) for members in packs])
+    assert sums.sum() / (len(packs) * 4096) > 0.97  # and so little of a padded pack is padding
+    by_rank = sums.reshape(-1, world_size)
+    assert (by_rank.max(1) / by_rank.mean(1)).mean() < 1.02  # they wait for the fullest each step
+    clips = np.array([len(members) for members in packs]).reshape(-1, world_size)
+    assert (clips.max(1) / clips.mean(1)).mean() > 1.05

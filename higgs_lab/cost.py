@@ -1,0 +1,151 @@
+"""What a training step costs, by arithmetic: operations, memory, a card's peak.
+
+    python -m higgs_lab.cost            # tables for the 4B shape: what fits 12 to 80 GB
+
+Useful operations are 4 a weight and position for LoRA (forth, and back to the inputs of a frozen
+base), 6 for full fine-tuning; what is computed again does not count. Memory is added up from what
+`fused.py` keeps; the allocator's waste and the CUDA context are in RESERVE_GIB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+RESERVE_GIB = 0.8
+# Dense bf16 matrix products in TFLOP/s by the vendors' data sheets, first match in the card's name.
+PEAK_TFLOPS = {
+    "B300": 2500, "B200": 2250, "GB200": 2500, "H200": 989, "GH200": 989, "H100 PCIe": 756,
+    "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "A40": 150, "A6000": 155,
+    "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364,
+    "RTX PRO 6000": 504, "5090": 210, "4090": 165, "4080": 97, "3090": 71, "3080": 60,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a talker that its cost follows from."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    text_ids: int
+    table_rows: int  # K * V
+
+    @classmethod
+    def of(cls, config, table_rows: int) -> Shape:
+        """config: a Qwen3Config."""
+        return cls(
+            config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim, config.intermediate_size,
+            config.vocab_size, table_rows,
+        )  # fmt: skip
+
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def attended(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def block_weights(self) -> int:
+        return self.layers * self.hidden * (self.qkv + self.attended + 3 * self.feed_forward)
+
+    @property
+    def table_weights(self) -> int:
+        return self.table_rows * self.hidden
+
+    def lora_weights(self, rank: int) -> int:
+        """On all linear layers."""
+        D, F = self.hidden, self.feed_forward
+        kv = self.kv_heads * self.head_dim
+        sizes = [(D, self.attended), (D, kv), (D, kv), (self.attended, D), (D, F), (D, F), (F, D)]
+        return self.layers * rank * sum(a + b for a, b in sizes)
+
+    def useful_flops(self, method: str) -> int:
+        """Of one position."""
+        return (6 if method == "full" else 4) * self.block_weights
+
+
+SHAPE_4B = Shape(36, 2560, 32, 8, 128, 9728, 151936, 8 * 1026)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Of the card's bf16 matrix units, None for a card that is not in the table."""
+    return next((v for name, v in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def training_gib(
+    shape: Shape, method: str, rank: int, positions: int, checkpointing: str = "none"
+) -> dict[str, float]:
+    """GiB by part while `positions` are trained in one pack with bf16 products."""
+    frozen = 2 * (shape.text_ids * shape.hidden + shape.table_weights)
+    if method == "full":
+        # fp32 master, gradient and two moments; the bf16 copy that the products use
+        weights = (4 + 2) * shape.block_weights + 2 * frozen
+        state = 12 * (shape.block_weights + shape.table_weights)
+    else:
+        lora = shape.lora_weights(rank)
+        base = 2 if method == "lora" else 0.53  # NF4 with doubly quantised scales
+        weights = base * shape.block_weights + frozen + 2 * lora
+        state = 16 * lora
+    D, F = shape.hidden, shape.feed_forward
+    kept = {
+        # x, qkv, rotated q and k, attention, its sum, gate and up
+        "none": 2 * D + 2 * shape.qkv + 2 * shape.attended + 2 * F,
+        "selective": 2 * D + 2 * shape.qkv + 2 * shape.attended,
+        "full": 2 * D,
+    }[checkpointing]
+    activations = 2 * positions * shape.layers * kept
+    # one block on the way back: gate and up, their gradients, two products of them
+    working = 2 * positions * (6 * F + 4 * D + 2 * shape.qkv) + 10 * 1024 * shape.table_rows
+    parts = dict(weights=weights, state=state, activations=activations, working=working)
+    found = {name: size / GIB for name, size in parts.items()}
+    found["reserve"] = RESERVE_GIB
+    return found | {"total": sum(found.values())}
+
+
+def most_positions(
+    shape: Shape, method: str, rank: int, checkpointing: str, memory_gib: float
+) -> int:
+    """The largest pack that fits, in steps of 512; 0: none."""
+    step = 512
+    fits = 0
+    while fits < 64 * step and (
+        training_gib(shape, method, rank, fits + step, checkpointing)["total"] <= memory_gib
+    ):
+        fits += step
+    return fits
+
+
+def main() -> None:
+    sizes = (2048, 4096, 8192, 16384)
+    print("Arithmetic, 4B shape, GiB at a pack of so many positions (bf16 products):\n")
+    print("| method | rank | checkpointing | " + " | ".join(map(str, sizes)) + " |")
+    print("|---|---|---|" + "---|" * len(sizes))
+    rows = [("lora", r, c) for r in (8, 16, 64) for c in ("none", "selective", "full")]
+    rows += [("qlora", 16, "full"), ("full", 0, "selective"), ("full", 0, "full")]
+    for method, rank, checkpointing in rows:
+        totals = [training_gib(SHAPE_4B, method, rank, n, checkpointing)["total"] for n in sizes]
+        cells = " | ".join(f"{t:.1f}" for t in totals)
+        print(f"| {method} | {rank or '-'} | {checkpointing} | {cells} |")
+    print("\nArithmetic, the largest pack that fits a card of so many GB (rank 16):\n")
+    cards = (12, 16, 24, 48, 80, 141)
+    print("| method | checkpointing | " + " | ".join(f"{c} GB" for c in cards) + " |")
+    print("|---|---|" + "---|" * len(cards))
+    for method, checkpointing in (
+        ("lora", "none"), ("lora", "selective"), ("lora", "full"), ("qlora", "full"),
+        ("full", "selective"), ("full", "full"),
+    ):  # fmt: skip
+        fits = [most_positions(SHAPE_4B, method, 16, checkpointing, 0.95 * c) for c in cards]
+        cells = " | ".join(str(n) if n else "-" for n in fits)
+        print(f"| {method} | {checkpointing} | {cells} |")
+
+
+if __name__ == "__main__":
+    main()

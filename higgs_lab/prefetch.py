@@ -1,0 +1,60 @@
+"""Packs made ahead by a thread, in pinned memory, without losing the loader's position."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+from higgs_lab.batches import Batch, PackedLoader
+
+
+class Prefetch:
+    """Iterator over a loader that builds up to `depth` packs ahead of what is taken.
+
+    `state_dict` is the position behind the last pack taken, not behind the last one built. An error
+    while building is raised where its pack would have come.
+    """
+
+    def __init__(self, loader: PackedLoader, depth: int = 2, pin: bool = False):
+        self.loader, self.pin = loader, pin
+        self.state = loader.state_dict()
+        self.made: queue.Queue = queue.Queue(maxsize=depth)
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._build, daemon=True)
+        self.thread.start()
+
+    def _build(self) -> None:
+        try:
+            for batch in self.loader:
+                item = (batch.pin() if self.pin else batch, self.loader.state_dict())
+                if not self._put(item):
+                    return
+        except BaseException as error:  # for the thread that takes
+            self._put(error)
+
+    def _put(self, item) -> bool:
+        while not self.closed.is_set():
+            try:
+                self.made.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        item = self.made.get()
+        if isinstance(item, BaseException):
+            raise item
+        batch, self.state = item
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return self.state
+
+    def close(self) -> None:
+        self.closed.set()
+        self.thread.join()

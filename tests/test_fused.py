@@ -1,0 +1,235 @@
+"""Fused blocks are the modules: loss, sums and every gradient; and they follow what is trained."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+import higgs_lab.fused as fused
+from higgs_lab.adapter import attach_lora, merge_lora
+from higgs_lab.attention import Documents, attention_kind
+from higgs_lab.batches import pack
+from higgs_lab.fused import CHECKPOINTING, fuse, unfusable
+from higgs_lab.loss import LossSums, codebook_loss
+from tests.tiny import run_one, three_examples, tiny_talker
+
+WEIGHTS = torch.linspace(0.5, 1.5, 8)
+WAYS = ["attention", "attention_mlp", "attention_mlp_table", "full"]
+
+
+def model(way: str, dropout: float = 0.0) -> torch.nn.Module:
+    talker = tiny_talker(scale=4)
+    if way == "full":
+        return talker.train().requires_grad_(True)
+    made = attach_lora(talker, way, rank=4, alpha=8, dropout=dropout)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:  # a fresh one is zero, and so would be A's gradient
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return made.train()
+
+
+def step(made: torch.nn.Module, batch, by_targets: bool = True):
+    """(weighted loss, sums, gradients by name)."""
+    if by_targets:
+        out = made(**batch.inputs(), targets=batch.targets(WEIGHTS))
+        loss, sums = out.loss, out.sums
+    else:
+        at = batch.supervised.any(-1)
+        logits = made(**batch.inputs(), logits_at=at).logits
+        sums = codebook_loss(logits, batch.labels[at], batch.supervised[at])
+        loss, _ = sums.weighted(WEIGHTS)
+    (loss / 100).backward()
+    grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+    made.zero_grad()
+    return loss.detach(), LossSums.stack(sums).detach(), grads
+
+
+def assert_same(a, b, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(a[1], b[1], rtol=1e-5, atol=1e-3)
+    assert a[2].keys() == b[2].keys() and a[2]
+    for name, grad in a[2].items():
+        error = float((grad - b[2][name]).norm() / grad.norm())
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_blocks_give_the_modules_loss_and_gradients(way):
+    batch = pack(three_examples(), 500)
+    plain = step(model(way), batch, by_targets=False)
+    assert_same(plain, step(model(way), batch))  # the fused head alone
+    for checkpointing in CHECKPOINTING:
+        for kind in ("sdpa", "split"):
+            made = model(way)
+            fuse(made, kind, checkpointing)
+            assert_same(plain, step(made, batch))
+
+
+def test_packed_is_padded_is_one_by_one_in_loss_and_gradient():
+    examples, made = three_examples(), model("attention_mlp")
+    longest = max(map(len, examples))
+
+    def column(name):
+        values = [getattr(e, name) for e in examples]
+        return torch.stack(
+            [torch.cat([v, v.new_zeros(longest - len(v), *v.shape[1:])]) for v in values]
+        )
+
+    mask = torch.stack([(torch.arange(longest) < len(e)).long() for e in examples])
+    logits = made(column("ids"), column("is_audio"), column("rows"), attention_mask=mask).logits
+    sums = codebook_loss(
+        logits.flatten(0, 1), column("labels").flatten(0, 1), column("supervised").flatten(0, 1)
+    )
+    loss, _ = sums.weighted(WEIGHTS)
+    (loss / 100).backward()
+    grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+    made.zero_grad()
+    padded = loss.detach(), sums.stack().detach(), grads
+    fuse(made, "split")
+    assert_same(padded, step(made, pack(examples)))
+    alone = [step(made, pack([e])) for e in examples]
+    added = {name: sum(a[2][name] for a in alone) for name in grads}
+    assert_same(padded, (sum(a[0] for a in alone), sum(a[1] for a in alone), added))
+
+
+@pytest.mark.parametrize("way", ["attention_mlp", "full"])
+def test_traced_blocks_are_the_eager_ones_and_one_trace_serves_all(way, monkeypatch):
+    """What torch.compile makes of the four functions, without a C++ compiler."""
+    from torch._dynamo.utils import counters
+
+    compile = torch.compile
+    monkeypatch.setattr(
+        fused.torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    batch, other = pack(three_examples(), 500), pack(three_examples()[:2], 500)
+    plain = [step(model(way), b) for b in (batch, other)]
+    made = model(way)
+    fuse(made, "sdpa", "selective", compile=True)
+    for wanted, b in zip(plain, (batch, other), strict=True):
+        assert_same(wanted, step(made, b))
+    # two blocks and two packs of one size: two functions forth, two back
+    assert counters["stats"]["unique_graphs"] == 4
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+def test_compiled_blocks_are_the_eager_ones():
+    batch = pack(three_examples(), 500)
+    made = model("attention_mlp")
+    fuse(made, "split", "full", compile=True)
+    assert_same(step(model("attention_mlp"), batch), step(made, batch))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_checkpointing_keeps_what_it_says(checkpointing):
+    """Values a position that a block holds for the way back; D 64, qkv 128, H d 64, F 96."""
+    made = model("attention_mlp")
+    blocks = fuse(made, "split", checkpointing)
+    batch = pack(three_examples())
+    L = batch.ids.shape[1]
+    made(**batch.inputs(), targets=batch.targets(WEIGHTS))
+    out = blocks.__call__(
+        torch.randn(1, L, 64, requires_grad=True), *torch.ones(2, 1, L, 16), batch.cu_seqlens, 99
+    )
+    node, held = out.grad_fn, None
+    while held is None:  # from the last norm to the last block
+        node = node.next_functions[0][0]
+        held = getattr(node, "kept", None)
+    seen: dict[int, int] = {}
+
+    def count(value):
+        if isinstance(value, torch.Tensor):
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes() // 4
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                count(item)
+
+    count(held)
+    adapters = {"none": 4 * 16, "selective": 4 * 16, "full": 2 * 16}[checkpointing]
+    wanted = {
+        "none": 2 * 64 + 128 + (64 + 32 + 32) + 64 + 2 * 96,
+        "selective": 2 * 64 + 128 + (64 + 32 + 32) + 64,
+        "full": 2 * 64,
+    }
+    assert wanted[checkpointing] <= sum(seen.values()) / L <= wanted[checkpointing] + adapters
+
+
+def test_the_copies_follow_an_optimiser_and_a_checkpoint():
+    made, batch = model("attention_mlp"), pack(three_examples())
+    fuse(made, "split")
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], 1e-2)
+    for fused_step in (False, True):
+        optimizer.param_groups[0]["fused"] = fused_step
+        made(**batch.inputs(), targets=batch.targets(WEIGHTS)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        made.base_model.model.fused, blocks = None, made.base_model.model.fused
+        wanted = step(made, batch)
+        made.base_model.model.fused = blocks
+        assert_same(wanted, step(made, batch))
+    with torch.no_grad():
+        for parameter in (p for p in made.parameters() if p.requires_grad):
+            parameter.detach().copy_(0.5 * parameter)  # as resume.load_step does
+    made.base_model.model.fused, blocks = None, made.base_model.model.fused
+    wanted = step(made, batch)
+    made.base_model.model.fused = blocks
+    assert_same(wanted, step(made, batch))
+
+
+def test_fusing_takes_no_second_copy_and_merging_still_works():
+    made, twin, example = model("attention_mlp"), model("attention_mlp"), three_examples()[0]
+    blocks = fuse(made, "split")
+    layer = made.base_model.model.model.layers[0]
+    whole = blocks.blocks[0].qkv.whole.untyped_storage().data_ptr()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(layer.self_attn, name).base_layer.weight
+        assert weight.untyped_storage().data_ptr() == whole
+    merged, wanted = merge_lora(made).eval(), merge_lora(twin).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run_one(merged, example), run_one(wanted, example))
+
+
+def test_bf16_products_stay_near_fp32():
+    batch = pack(three_examples())
+    wanted = step(model("attention_mlp"), batch)
+    made = model("attention_mlp")
+    made.base_model.model.bfloat16()
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    fuse(made, "split", dtype=torch.bfloat16)
+    found = step(made, batch)
+    assert abs(float(found[0] / wanted[0]) - 1) < 0.02
+    for name, grad in wanted[2].items():
+        assert found[2][name].dtype == torch.float32
+        assert torch.cosine_similarity(found[2][name].flatten(), grad.flatten(), 0) > 0.97, name
+
+
+def test_what_cannot_be_fused_is_named():
+    assert unfusable(model("attention_mlp")) is None and unfusable(model("full")) is None
+    assert "dropout" in unfusable(model("attention_mlp", dropout=0.1))
+    with pytest.raises(ValueError, match="cannot be fused: LoRA dropout"):
+        fuse(model("attention_mlp", dropout=0.1), "sdpa")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_attention_kinds_agree_and_are_chosen_by_what_runs():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(60, heads, 16, generator=generator) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 11, 12, 60], dtype=torch.int32)
+    found = [Documents.of(kind, cu, 48, 60).attend(q, k, v) for kind in ("sdpa", "split", "flex")]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
+    cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    assert attention_kind("auto", cpu, bf16) == "split"
+    assert attention_kind("auto", cuda, torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="varlen needs CUDA"):
+        attention_kind("varlen", cpu, bf16)
+    with pytest.raises(ValueError, match="no gradient on a CPU"):
+        attention_kind("flex", cpu, bf16)
