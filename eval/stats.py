@@ -3,7 +3,7 @@
 Clips of one text (several seeds, voices) fail together, so drawing clips one by one would make
 intervals too narrow. All rates here are ratios of sums (errors over words), re-computed in each
 draw; a mean is the same thing with a count of one per clip. Intervals are BCa bootstrap intervals
-(Efron 1987): with few errors the plain percentiles are too low and miss the truth far too often.
+(Efron 1987): with few errors the plain percentiles end too low and miss the truth too often.
 """
 
 from __future__ import annotations
