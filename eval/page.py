@@ -40,6 +40,7 @@ def write_report(path: str | Path, summary: dict, scores: list[dict], run: str |
         (b["error"]["high"] or b["error"]["value"]) for b in blocks.values() if b["error"]
     )
     kinds = {code: error_kinds(by_language.get(code, scores)) for code in blocks}
+    kinds = {code: found for code, found in kinds.items() if found["known"]}
     clips = worst(scores, WORST_CLIPS)
     strangers = [s for s in least_similar(scores, LEAST_SIMILAR_CLIPS) if s not in clips]
     write_page(
@@ -84,8 +85,8 @@ def write_page(path: Path, template: str, **context) -> None:
 def headline(summary: dict) -> list[dict]:
     """The few figures that a reader takes away: {"name", "value", "range", "detail"}."""
     overall, cards = summary["overall"], []
-    several = len(summary["languages"]) > 1
-    whose = f"mean of {len(summary['languages'])} languages" if several else ""
+    judged = sum(block["error"] is not None for block in summary["languages"].values())
+    whose = f"mean of {judged} languages" if len(summary["languages"]) > 1 else ""
     unit = {"word": "word error", "char": "character error"}.get(overall["unit"], "error")
     if overall["error"]:
         cards.append(_card(unit, table.percent(overall["error"]).text + " %",
@@ -128,7 +129,8 @@ def _card(name: str, value: str, range: str, detail: str) -> dict:
 def sortable(columns: list[table.Column], blocks: dict[str, dict]) -> dict:
     """A table of the page: columns, and cells by language code."""
     rows = {code: [c.cell(code, block) for c in columns] for code, block in blocks.items()}
-    return {"columns": columns, "rows": rows}
+    empty = {code for code, cells in rows.items() if all(c.text == table.MISSING for c in cells)}
+    return {"columns": columns, "rows": {c: cells for c, cells in rows.items() if c not in empty}}
 
 
 def _round_above(values: Iterable[float]) -> float:
@@ -192,7 +194,8 @@ def error_kinds(scores: list[dict]) -> dict:
     found["failed"] = lost / units if units else None
     names = [score["failure"] for score in scores if score["failure"]]
     flags = [flag for score in scores for flag in score["flags"]]
-    return {"shares": found, "failures": _counts(names), "flags": _counts(flags)}
+    known = bool(judged or names or flags)
+    return {"shares": found, "failures": _counts(names), "flags": _counts(flags), "known": known}
 
 
 def _counts(names: list[str]) -> str:

@@ -95,7 +95,9 @@ def notes(summary: dict) -> list[str]:
     overall, config = summary["overall"], summary["config"]
     lines = []
     if overall["failed"]:
-        kinds = ", ".join(f"{n} {name}" for name, n in overall["failures"].items() if n)
+        kinds = ", ".join(
+            f"{n} {name.replace('_', ' ')}" for name, n in overall["failures"].items() if n
+        )
         lines.append(f"failed clips have all words wrong in 'error': {kinds}")
     for reason, count in summary["reasons"]:
         lines.append(f"{count} not spoken: {reason}")
@@ -104,7 +106,9 @@ def notes(summary: dict) -> list[str]:
         lines.append(f"no baseline in {len(silent)} languages: {', '.join(silent)}")
     deaf = [c for c, b in languages.items() if not b["judged"] and not b.get("no_baseline")]
     if config["asr"] and deaf:
-        lines.append(f"no recogniser for {', '.join(deaf)}: no error rates there")
+        lines.append(
+            f"no recogniser for {len(deaf)} languages, so no error rates there: {', '.join(deaf)}"
+        )
     if published := overall.get("published"):
         lines.append(
             f"as the protocol averages ({published['average']}): {100 * published['value']:.3f} % "
@@ -127,7 +131,7 @@ def notes(summary: dict) -> list[str]:
     if digits := overall["flags"].get("digits"):
         lines.append(f"{digits} clips have digits, which are compared as written, not as spoken")
     if flags := {k: v for k, v in overall["flags"].items() if k != "digits"}:
-        counted = ", ".join(f"{name} {n}" for name, n in sorted(flags.items()))
+        counted = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in sorted(flags.items()))
         lines.append(f"flagged, not failed: {counted}")
     if pairs := summary["similarity_pairs"]:
         means = [

@@ -97,7 +97,9 @@ def evaluate(
             block |= calibrated(block, scale)
         summary |= {
             "config": config,
-            "reasons": Counter(row["error"] for row in scores if row["error"]).most_common(3),
+            "reasons": Counter(
+                r["error"] for r in scores if r["failure"] and r["error"]
+            ).most_common(3),
             "references": test_set.references,
             "similarity_scale": scale,
             "similarity_pairs": similarity_pairs(scale),

@@ -37,8 +37,9 @@ def language_name(code: str) -> str:
 
 
 def blocks(summary: dict) -> dict[str, dict]:
-    """Blocks by language; over several the mean comes first, under "overall"."""
-    found = dict(summary["languages"])
+    """Blocks by language, the judged ones first; over several the mean leads, as "overall"."""
+    languages = summary["languages"].items()
+    found = dict(sorted(languages, key=lambda item: (item[1]["error"] is None, item[0])))
     return {"overall": summary["overall"]} | found if len(found) > 1 else found
 
 

@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     tool("eval.run", *after)
     tool("eval.run", *after[:-1], folders["alone"], "--refs", "none")
     for name in ("after", "alone"):
-        tool("eval.compare", folders["before"], folders[name])
+        page = ["--out", str(out / "eval" / f"before_{name}.html")]
+        tool("eval.compare", folders["before"], folders[name], *page)
     export = str(out / "export")
     tool("serve.export", "--model", args.model, "--adapter", str(adapter), "--out", export)
     tool("serve.check", export)
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         f"  adapter         {adapter} (PEFT), its curve in {out / 'run' / 'metrics.jsonl'}\n"
         f"  a wav to hear   {out / 'hello'}\n"
         f"  evaluation      {folders['before']}/report.html and {folders['after']}/report.html\n"
+        f"  side by side    {out / 'eval' / 'before_after.html'}\n"
         f"  for the server  {export}: python -m serve.launch {export} --device cpu"
     )
 
