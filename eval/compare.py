@@ -22,12 +22,6 @@ from eval.table import bounds, language_name, signed
 from higgs_lab.runlog import write_json_atomic
 
 ALPHA = 0.05
-NAMES = {
-    "error": "error %",
-    "cer": "CER %",
-    "sim_target": "SIM to speaker",
-    "sim_ref": "SIM to reference",
-}
 # What must be equal, or the difference would be that of the measuring.
 _SAME = ("set.revision", "asr.revision", "asr.precision", "asr.options", "normalizer", "metrics",
          "encoder.revision")  # fmt: skip
@@ -116,8 +110,10 @@ def verdict(metric: str, entry: dict, name: str = "B") -> str:
         return "one text"
     if entry["p_holm"] >= ALPHA or entry["low"] <= 0 <= entry["high"]:
         return "no difference shown"
-    better = (entry["value"] < 0) == (metric in ("error", "cer"))
-    return f"{name} is better" if better else f"{name} is worse"
+    change = entry["value"] * METRICS[metric].better
+    if change == 0:
+        return f"{name} is {'higher' if entry['value'] > 0 else 'lower'}"
+    return f"{name} is {'better' if change > 0 else 'worse'}"
 
 
 def advice(found: dict, wanted: float = 0.01) -> dict[str, int]:
@@ -150,8 +146,7 @@ def advice_lines(comparison: dict, wanted: float = 0.01) -> list[str]:
 
 def cells(metric: str, entry: dict) -> dict[str, str]:
     """An entry as text: a, b, value, interval, p."""
-    rate = metric in ("error", "cer")
-    scale, form = (100, "{:.2f}") if rate else (1, "{:.3f}")
+    scale, form = 100 if METRICS[metric].counts else 1, METRICS[metric].form
     signs = form.replace(":", ":+")
     interval = "–" if entry["low"] is None else bounds(entry, signs, scale)
     return {
@@ -206,7 +201,7 @@ def print_comparison(result: dict, wanted: float = 0.01) -> None:
 
 def _row(metric: str, entry: dict, said: str) -> tuple[str, ...]:
     text = cells(metric, entry)
-    return (NAMES[metric], str(entry["texts"]), text["a"], text["b"], text["value"],
+    return (METRICS[metric].title, str(entry["texts"]), text["a"], text["b"], text["value"],
             text["interval"], text["p"], said)  # fmt: skip
 
 

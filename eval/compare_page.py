@@ -7,7 +7,7 @@ from pathlib import Path
 from eval import compare, report, table
 from eval.clips import Sounds, diff, rate, similarity
 from eval.page import facts, write_page
-from eval.paired import pairs_of
+from eval.paired import METRICS, pairs_of
 from eval.runs import read_scores, read_summary
 
 DIFFERENT_CLIPS = 30
@@ -126,8 +126,8 @@ def _comparison(comparison: dict, wanted: float) -> dict:
             }
             for code, entry in entries.items()
         }
-        scale = 100 if metric in ("error", "cer") else 1
-        tables.append({"metric": metric, "title": compare.NAMES[metric], "rows": rows,
+        scale = 100 if METRICS[metric].counts else 1
+        tables.append({"metric": metric, "title": METRICS[metric].title, "rows": rows,
                        "end": f"{scale * end:g}", "advice": bool(needed)})  # fmt: skip
     return {"name": name, "tables": tables}
 
@@ -135,7 +135,8 @@ def _comparison(comparison: dict, wanted: float) -> dict:
 def _axis(entries) -> float:
     ends = [abs(e[key]) for e in entries for key in ("low", "high", "value") if e[key] is not None]
     largest = max(ends, default=1.0)
-    return next((end for end in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if largest <= end), 1.0)
+    steps = (step * 10.0**power for power in range(-2, 4) for step in (1, 2, 5))
+    return next((end for end in steps if largest <= end), largest)
 
 
 def _bar(entry: dict, end: float, metric: str) -> dict:

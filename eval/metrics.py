@@ -166,6 +166,7 @@ def score_clip(
             "deletions": by_unit.deletions,
             "insertions": by_unit.insertions,
         }
+    score["failed"] = None if no_baseline else int(failure is not None)
     score["flags"] = _flags(reference, score["hypothesis"], transcript, lang, audio)
     return score | _sound(reference, audio, human)
 

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 import numpy as np
 
 from eval import stats
 
-# metric -> numerator and denominator in scores.jsonl; None: a mean over clips
-METRICS: dict[str, tuple[str, str | None]] = {
-    "error": ("errors", "units"),
-    "cer": ("char_errors", "chars"),
-    "sim_target": ("sim_target", None),
-    "sim_ref": ("sim_ref", None),
+
+@dataclass(frozen=True)
+class Measure:
+    """A sum over a sum of two fields of scores.jsonl; without a denominator a mean over clips."""
+
+    title: str
+    numerator: str
+    denominator: str | None = None
+    better: int = 0  # sign of an improvement; 0: neither more nor less is better in itself
+    counts: bool = False  # of errors, shown in per cent (see stats.ratio)
+    form: str = "{:.3f}"
+
+
+METRICS: dict[str, Measure] = {
+    "error": Measure("error %", "errors", "units", -1, True, "{:.2f}"),
+    "cer": Measure("CER %", "char_errors", "chars", -1, True, "{:.2f}"),
+    "failed": Measure("failed %", "failed", None, -1, True, "{:.2f}"),
+    "sim_target": Measure("SIM to speaker", "sim_target", better=1),
+    "sim_ref": Measure("SIM to reference", "sim_ref", better=1),
+    "duration_ratio": Measure("duration ratio", "duration_ratio"),
+    "letters_per_sec": Measure("letters/s", "letters_per_sec", form="{:.2f}"),
+    "f0_hz": Measure("F0 Hz", "f0_hz", form="{:.1f}"),
+    "f0_spread_st": Measure("F0 spread st", "f0_spread_st", form="{:.2f}"),
+    "loudness_lufs": Measure("loudness LUFS", "loudness_lufs", form="{:.1f}"),
+    "leading_sec": Measure("silence before s", "leading_sec"),
+    "trailing_sec": Measure("silence after s", "trailing_sec"),
 }
 Pair = tuple[dict, dict]
 
@@ -43,7 +63,7 @@ def paired_differences(pairs: Sequence[Pair], metric: str, seed: int = 0) -> dic
             sums[code] = both
     if not sums:
         return None
-    counts = METRICS[metric][1] is not None
+    counts = METRICS[metric].counts
     languages = {}
     for code, both in sums.items():
         a, b = (float(side[:, 0].sum() / side[:, 1].sum()) for side in both)
@@ -58,7 +78,7 @@ def paired_differences(pairs: Sequence[Pair], metric: str, seed: int = 0) -> dic
 
 def _sums(pairs: Sequence[Pair], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Sums [C, 2] of both runs over the same texts."""
-    numerator, denominator = METRICS[metric]
+    numerator, denominator = METRICS[metric].numerator, METRICS[metric].denominator
     pairs = [pair for pair in pairs if all(row.get(numerator) is not None for row in pair)]
     if not pairs:
         return None

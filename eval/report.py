@@ -133,16 +133,29 @@ def notes(summary: dict) -> list[str]:
     if flags := {k: v for k, v in overall["flags"].items() if k != "digits"}:
         counted = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in sorted(flags.items()))
         lines.append(f"flagged, not failed: {counted}")
-    if pairs := summary["similarity_pairs"]:
-        means = [
-            f"{name.replace('_', ' ')} {value['mean']:.3f} ({value['pairs']} pairs)"
-            for name, value in pairs.items()
-            if value["mean"] is not None
-        ]
-        lines.append(f"cosines between the set's own recordings: {', '.join(means)}")
+    lines += _similarity_scale(summary.get("similarity_scale") or {}, overall)
     lines += sample_size(languages)
     origin = ", ".join(f"{n} from {name}" for name, n in summary["references"].items())
     lines.append(f"references: {origin}")
+    return lines
+
+
+def _similarity_scale(scales: dict, overall: dict) -> list[str]:
+    """What the cosines mean: those of the set's own recordings, and where the system lies."""
+    lines = []
+    for key, whom in (("sim_ref", "clip to clip"), ("sim_target", "clip to speaker")):
+        scale = scales.get(key) or {}
+        if scale.get("same") is None or scale.get("different") is None:
+            continue
+        line = (
+            f"SIM {whom} of the set's recordings: same speaker {scale['same']:.3f}, others "
+            f"{scale['different']:.3f} ({scale['pairs'][0]} and {scale['pairs'][1]} pairs), equal "
+            f"error {100 * scale['eer']:.1f} %"
+        )
+        reached = overall.get(f"{key}_calibrated")
+        if reached is not None:
+            line += f"; this system reaches {100 * reached:.0f} % of the way"
+        lines.append(line)
     return lines
 
 

@@ -32,7 +32,7 @@ from eval.runs import differences
 from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
 from eval.speaker import check_independent, encoder_details
 from eval.systems import System, open_system
-from eval.voices import Voices, calibrated, similarity_pairs
+from eval.voices import Voices, calibrated
 from eval.work import Locks, local_device, rank
 from higgs_lab.nano import cache_folder
 from higgs_lab.runlog import atomic_path, provenance, remove_leftovers, write_json_atomic
@@ -102,7 +102,6 @@ def evaluate(
             ).most_common(3),
             "references": test_set.references,
             "similarity_scale": scale,
-            "similarity_pairs": similarity_pairs(scale),
             **{a.option: a.beside(scores, config, seed) for a in anchors if a},
             "provenance": provenance(),
         }

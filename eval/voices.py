@@ -154,18 +154,6 @@ def calibrated(block: dict, calibration: dict | None) -> dict:
     return found
 
 
-def similarity_pairs(calibration: dict | None) -> dict | None:
-    """The set's own pairs of clips in short: mean cosine and count."""
-    if calibration is None:
-        return None
-    scale = calibration["sim_ref"]
-    names = (("same_speaker", "same"), ("different_speakers", "different"))
-    return {
-        name: {"mean": scale[key], "pairs": count}
-        for (name, key), count in zip(names, scale["pairs"], strict=True)
-    }
-
-
 def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float | None:
     """Where as many same pairs lie below a threshold as different ones lie at or above it."""
     if not len(same) or not len(different):

@@ -79,9 +79,8 @@ def test_a_run_leaves_everything_it_promised(finished):
     assert block["error"]["value"] > 0.5  # the recogniser knows nothing
     assert block["sim_ref"]["n"] == block["sim_target"]["n"] == 6
     assert summary["references"] == {"speaker": 6}
-    pairs = summary["similarity_pairs"]
-    assert (pairs["same_speaker"]["pairs"], pairs["different_speakers"]["pairs"]) == (6, 9)
-    assert pairs["same_speaker"]["mean"] > pairs["different_speakers"]["mean"]
+    scale = summary["similarity_scale"]["sim_ref"]
+    assert scale["pairs"] == [6, 9] and scale["same"] > scale["different"]
     assert (out / "report.html").stat().st_size > 10_000
     assert summary["provenance"]["versions"] and (out / "config.yaml").is_file()
 

@@ -33,7 +33,6 @@ def finish(scores: list[dict], system: str = "a <b> system") -> dict:
     rest = {
         "reasons": reasons,
         "references": {"none": len(scores)},
-        "similarity_pairs": None,
     }
     return summarise(scores) | rest | {"config": config, "provenance": {"time": "now"}}
 
