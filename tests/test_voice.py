@@ -1,0 +1,57 @@
+"""The point of it all: a voice no part was trained on is learnt from two minutes of recordings.
+
+Reads a finished demo in $HIGGS_LAB_DEMO, as CI has just made one, or makes its own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from eval.compare import compare
+from eval.report import read_summary
+from higgs_lab.manifest import read_manifest
+from higgs_lab.nano.build import is_trained
+from recipes.demo import main
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not is_trained(), reason="the talker's weights are not packaged yet"),
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = os.environ.get("HIGGS_LAB_DEMO")
+    if not folder:
+        folder = tmp_path_factory.mktemp("voice") / "demo"
+        main(["--out", str(folder)])
+    return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def overall(demo) -> dict[str, dict]:
+    """Run -> its figures over all texts."""
+    names = ("human", "before", "after", "alone")
+    return {name: read_summary(demo / "eval" / name)["overall"] for name in names}
+
+
+def test_it_is_measured_on_enough_texts_that_were_not_learnt(demo):
+    train, test = (read_manifest(demo / f"{name}.jsonl") for name in ("train", "test"))
+    assert len({row.text for row in test}) >= 40
+    assert not {row.text for row in train} & {row.text for row in test}
+
+
+def test_the_recogniser_understands_the_voice_itself(overall):
+    assert overall["human"]["error"]["value"] <= 0.05
+
+
+@pytest.mark.parametrize("name", ["after", "alone"])
+def test_fine_tuning_brings_the_voice_nearer_and_keeps_the_words(demo, name):
+    """alone: with no reference at all, against the base model with one."""
+    found = compare(demo / "eval" / "before", demo / "eval" / name)["overall"]
+    assert found["sim_target"]["low"] > 0, found["sim_target"]
+    assert found["error"]["value"] <= 0.03, found["error"]
