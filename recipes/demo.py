@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     after = ["--model", args.model, "--adapter", str(adapter), *floor, "--out", folders["after"]]
     tool("eval.run", *after)
     tool("eval.run", *after[:-1], folders["alone"], "--refs", "none")
-    for name in ("after", "alone"):
-        page = ["--out", str(out / "eval" / f"before_{name}.html")]
-        tool("eval.compare", folders["before"], folders[name], *page)
+    compared = [folders[name] for name in ("before", "after", "alone", "human")]
+    page, differences = out / "eval" / "before_after.html", out / "eval" / "before_after.json"
+    tool("eval.compare", *compared, "--out", str(page), "--json", str(differences))
     export = str(out / "export")
     tool("serve.export", "--model", args.model, "--adapter", str(adapter), "--out", export)
     tool("serve.check", export)
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         f"  adapter         {adapter} (PEFT), its curve in {out / 'run' / 'metrics.jsonl'}\n"
         f"  a wav to hear   {out / 'hello'}\n"
         f"  evaluation      {folders['before']}/report.html and {folders['after']}/report.html\n"
-        f"  side by side    {out / 'eval' / 'before_after.html'}\n"
+        f"  side by side    {page}\n"
         f"  for the server  {export}: python -m serve.launch {export} --device cpu"
     )
 

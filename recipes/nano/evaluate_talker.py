@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,15 +94,6 @@ def tag_figures(m, clips: list[Clip]) -> Iterator[Figure]:
     yield Figure("talker", "semitones, high - low", semitones, 2.0, at_least=True)
 
 
-def _added(before: Path, after: Path) -> dict:
-    """What eval.compare says of two runs, by measure, over all languages."""
-    path = after.parent / "differences.json"
-    command = [sys.executable, "-m", "eval.compare", before, after, "--json", path]
-    subprocess.run(list(map(str, command)), check=True)
-    [comparison] = json.loads(path.read_text())["comparisons"]
-    return {name: found["overall"] for name, found in comparison["metrics"].items()}
-
-
 def lora_figures(args: argparse.Namespace) -> Iterator[Figure]:
     """`make demo` on the voice held out from all parts, and what it found."""
     from recipes.demo import main as demo
@@ -112,16 +101,14 @@ def lora_figures(args: argparse.Namespace) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(args.demo or folder)
         demo(["--out", str(out), "--model", args.model, "--tests", str(LORA_TEXTS)])
-        runs = {name: out / "eval" / name for name in ("before", "after", "alone")}
-        for name in ("after", "alone"):
-            sim, error = (_added(runs["before"], runs[name])[m] for m in ("sim_target", "error"))
-            label = "with reference" if name == "after" else "without"
+        comparisons = json.loads((out / "eval" / "before_after.json").read_text())["comparisons"]
+        for label, found in zip(("with reference", "without"), comparisons, strict=False):
+            sim, error = (found["metrics"][name]["overall"] for name in ("sim_target", "error"))
+            low = sim["low"]
             yield Figure("lora", f"similarity gained, {label}", sim["value"])
-            yield Figure(
-                "lora", f"  its interval's lower end, {label}", sim["low"], 0.0, at_least=True
-            )
+            yield Figure("lora", f"the interval's lower end, {label}", low, 0.0, at_least=True)
             yield Figure("lora", f"WER added, {label}", error["value"], 0.03)
-        for name, run in runs.items():
-            overall = json.loads((run / "summary.json").read_text())["overall"]
-            yield Figure("lora", f"similarity, {name}", overall["sim_target"]["value"])
-            yield Figure("lora", f"WER, {name}", overall["error"]["value"])
+        for name in ("before", "after", "alone"):
+            summary = json.loads((out / "eval" / name / "summary.json").read_text())
+            for metric, measure in (("sim_target", "similarity"), ("error", "WER")):
+                yield Figure("lora", f"{measure}, {name}", summary["overall"][metric]["value"])
