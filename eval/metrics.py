@@ -175,7 +175,9 @@ def summarise(scores: Sequence[dict], seed: int = 0, normalizer: str = "fair") -
     """Summary of scored clips: one block per language and one over all.
 
     Each score is `score_clip`'s dict plus `language`, and optionally `sim_ref`, `sim_target`
-    (cosines) and `rtf`. Over several languages the headline is the mean of their rates (macro).
+    (cosines) and `rtf`. Over several languages error rates and similarities are the means of the
+    languages' (macro); counts and medians are of all clips. `error_by_take` of `overall` is the
+    error of each take (seed) by itself, None if there is one.
     Where `normalizer` is a protocol, `published` is the rate as its own script would average it.
 
     Raises ValueError for an empty set.
@@ -196,8 +198,33 @@ def summarise(scores: Sequence[dict], seed: int = 0, normalizer: str = "fair") -
                 if _columns(rows, *columns)[0]
             }
             overall[name] = stats.macro(groups, seed).as_dict() if groups else None
+        for name in _SIMILARITIES:
+            groups = {code: _values(rows, name) for code, rows in sorted(by_language.items())}
+            if groups := {code: values for code, values in groups.items() if values[0]}:
+                overall[name] = stats.macro(groups, seed).as_dict() | {"n": overall[name]["n"]}
+    overall["error_by_take"] = _by_take(by_language)
     _add_published(overall, blocks, by_language, normalizer)
     return {"overall": overall, "languages": blocks}
+
+
+def _by_take(by_language: dict[str, list[dict]]) -> list[float] | None:
+    """Mean error over languages of each take alone: how much one seed says."""
+    takes = sorted({row.get("take", 0) for rows in by_language.values() for row in rows})
+    rates: dict[int, list[float]] = {take: [] for take in takes}
+    for rows in by_language.values():
+        for take in takes:
+            judged = [r for r in rows if r.get("units") and r.get("take", 0) == take]
+            if judged:
+                units = sum(row["units"] for row in judged)
+                rates[take].append(sum(row["errors"] for row in judged) / units)
+    found = [statistics.fmean(values) for values in rates.values() if values]
+    return found if len(found) > 1 else None
+
+
+def _values(rows: list[dict], name: str) -> tuple:
+    """Numerators, denominators and texts of a mean over clips."""
+    having = [row for row in rows if row.get(name) is not None]
+    return [row[name] for row in having], [1.0] * len(having), [_cluster(row) for row in having]
 
 
 def _add_published(overall: dict, blocks: dict, by_language: dict, normalizer: str) -> None:
@@ -224,6 +251,7 @@ SOUND_MEASURES = (
     "trailing_sec",
     "rtf",
 )
+_SIMILARITIES = ("sim_ref", "sim_target")
 # name, numerator, denominator, whether only clips without failure count
 _RATES = (
     ("error", "errors", "units", False),
@@ -262,12 +290,12 @@ def _block(rows: list[dict], label: str, seed: int) -> dict:
     block["utterance_mean_capped"] = statistics.fmean(capped) if capped else None
     block["utterance_median"] = statistics.median(rates) if rates else None
     block["utterances_over_half"] = sum(r > 0.5 for r in rates) / len(rates) if rates else None
-    for name in ("sim_ref", "sim_target"):
-        having = [row for row in rows if row.get(name) is not None]
+    for name in _SIMILARITIES:
+        values = _values(rows, name)
         block[name] = None
-        if having:
-            values, clusters = [row[name] for row in having], [_cluster(row) for row in having]
-            block[name] = stats.mean(values, clusters, label, seed).as_dict() | {"n": len(having)}
+        if values[0]:
+            cosines, _, clusters = values
+            block[name] = stats.mean(cosines, clusters, label, seed).as_dict() | {"n": len(cosines)}
     for name in SOUND_MEASURES:
         values = [row[name] for row in rows if row.get(name) is not None]
         block[f"{name}_median"] = statistics.median(values) if values else None

@@ -135,6 +135,9 @@ def notes(summary: dict) -> list[str]:
         lines.append(f"flagged, not failed: {counted}")
     lines += _similarity_scale(summary.get("similarity_scale") or {}, overall)
     lines += sample_size(languages)
+    if rates := overall.get("error_by_take"):
+        listed = ", ".join(f"{100 * rate:.2f}" for rate in rates)
+        lines.append(f"error % of each take alone: {listed}; one seed says no more than that")
     origin = ", ".join(f"{n} from {name}" for name, n in summary["references"].items())
     lines.append(f"references: {origin}")
     return lines

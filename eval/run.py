@@ -136,7 +136,7 @@ def settings(
         check_independent(encoder, mined_with)
     languages = {row.language for row in test_set.rows}
     return {
-        "system": {"name": system.name} | system.details,
+        "system": system.details | {"name": system.name},
         "set": {
             "name": test_set.name,
             "revision": test_set.revision,

@@ -318,6 +318,21 @@ def test_floor_stands_beside_the_error_and_must_be_measured_alike(
         go(judges, test_set, tmp_path / "c", "--floor", str(tmp_path / "a"))
 
 
+def test_the_codec_is_the_ceiling(finished, judges, test_set, tmp_path):
+    codec = go(judges, test_set, tmp_path / "codec", model="codec:nano")
+    assert codec["config"]["system"]["name"] == "codec:nano"
+    more = ["--ceiling", str(tmp_path / "codec")]
+    summary = go(judges, test_set, tmp_path / "a", *more, model=f"wavs:{test_set.parent}")
+    block = summary["ceiling"]["en"]
+    assert block["error"] == codec["languages"]["en"]["error"]
+    added = summary["languages"]["en"]["error"]["value"] - block["error"]["value"]
+    assert block["excess"]["value"] == pytest.approx(added)
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "excess over codec" in page and "codec %" in page
+    with pytest.raises(SystemExit, match="that run is of human, not of codec"):
+        go(judges, test_set, tmp_path / "b", "--ceiling", str(finished[0]))
+
+
 def test_bad_requests_say_what_to_give(judges, test_set, tmp_path):
     for more, message in [
         (["--asr", "nope"], "recogniser 'nope' is no checkpoint file"),

@@ -192,3 +192,17 @@ def test_the_summary_holds_medians_of_what_the_sound_says():
     assert block["f0_hz_median"] == pytest.approx(120.2) and block["f0_spread_st_median"] == 2.0
     assert block["loudness_lufs_median"] == -25.0 and block["duration_ratio_median"] is None
     assert block["letters_per_sec_median"] == pytest.approx((15 / 1.8 + 15 / 1.6) / 2)
+
+
+def test_over_languages_similarity_is_their_mean_and_each_take_has_its_error():
+    rows = []
+    for code, voice, count in (("en", 0.9, 6), ("de", 0.5, 2)):
+        for number in range(count):
+            for take in range(2):
+                row = score_clip("one two", "one two" if take else "one", code, audio=FINE)
+                row |= {"language": code, "take": take, "sim_target": voice, "sim_ref": None}
+                rows.append(row | {"reference": f"text {number}"})
+    overall = summarise(rows)["overall"]
+    assert overall["sim_target"]["value"] == pytest.approx(0.7) and overall["sim_target"]["n"] == 16
+    assert overall["error_by_take"] == pytest.approx([0.5, 0.0])
+    assert summarise([r for r in rows if r["take"]])["overall"]["error_by_take"] is None
