@@ -269,6 +269,7 @@ def _block(rows: list[dict], label: str, seed: int) -> dict:
         "clips": len(rows),
         "texts": len({_cluster(row) for row in rows}),
         "judged": len(judged),
+        "language_guessed": sum(row.get("guessed") is not None for row in judged),
         "no_baseline": sum(row.get("no_baseline", False) for row in rows),
         "unit": rows[0]["unit"],
         "failed": sum(failures.values()),

@@ -114,6 +114,12 @@ def notes(summary: dict) -> list[str]:
             f"as the protocol averages ({published['average']}): {100 * published['value']:.3f} % "
             f"over {published['clips']} clips, {published['left_out']} left out as its script does"
         )
+    blind = [c for c, b in languages.items() if b["judged"] and not b.get("language_guessed", 1)]
+    if blind:
+        lines.append(
+            f"wrong language not looked for in {', '.join(blind)}: the recogniser there does not "
+            "guess languages"
+        )
     floor = summary.get("floor") or {}
     limited = [
         c for c in languages if (floor.get(c, {}).get("error") or _NONE)["value"] > FLOOR_LIMIT

@@ -37,6 +37,7 @@ from eval.work import Locks, local_device, rank
 from higgs_lab.nano import cache_folder
 from higgs_lab.runlog import atomic_path, provenance, remove_leftovers, write_json_atomic
 from higgs_lab.tags import strip_tags
+from serve.client import ServerError
 
 
 def evaluate(
@@ -305,6 +306,11 @@ def main(argv: list[str] | None = None) -> dict:
         anchors = {"floor": args.floor, "ceiling": args.ceiling}
         summary = evaluate(
             system, test_set, args.out, device=device, cache=cache, **anchors, **judged
+        )
+    except ServerError as error:
+        sys.exit(
+            f"eval.run: {error}\nThe clips so far are kept: when the server is back, the same "
+            "command goes on where it stopped"
         )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.run: {error}")

@@ -200,6 +200,37 @@ def test_codec_gives_the_recordings_back_as_it_hears_them(nano, tmp_path):
         open_system("codec:")
 
 
+def test_espeak_speaks_every_language_that_the_table_gives_it():
+    """One real sentence of each: 76 of the model's 102 languages and five stretch rows."""
+    pytest.importorskip("espeakng_loader")
+    from eval.languages import LANGUAGES
+    from eval.sets import load_set
+
+    system, first = open_system("espeak"), {}
+    for one in load_set("smoke", langs=["all", "stretch"]).rows:
+        first.setdefault(one.language, Request(one, 0))
+    first["my"] = Request(row("my", "မင်္ဂလာပါ", language="my"), 0)  # on others it crashes
+    clips = dict(zip(first, system.start()(list(first.values())), strict=True))
+    spoken = {code for code, clip in clips.items() if not clip.error}
+    assert spoken == {code for code in LANGUAGES if system.speaks(code)}
+    assert sum(LANGUAGES[code].tier > 0 for code in spoken) == 76 and len(spoken) == 81
+    assert all(np.abs(clips[code].wav).max() > 0.05 for code in spoken)
+    assert all(clips[code].unsupported for code in set(clips) - spoken)
+
+
+def test_a_text_that_crashes_espeak_fails_alone():
+    """espeak-ng overflows a buffer on some Burmese and takes its process down."""
+    pytest.importorskip("espeakng_loader")
+    from eval.sets import load_set
+
+    burmese = [Request(r, 0) for r in load_set("smoke", langs=["my"]).rows]
+    english = [Request(row(str(n), f"Text {n}."), 0) for n in range(2)]
+    clips = open_system("espeak").start()([english[0], *burmese, english[1]])
+    assert clips[0].error == clips[-1].error == "" and len(clips[-1].wav) > 10000
+    crashed = [clip for clip in clips if clip.error]
+    assert len(crashed) < len(burmese) and all("crashed" in clip.error for clip in crashed)
+
+
 def test_real_recordings_go_through(speech_dir):
     from eval.sets import load_set
 
