@@ -182,12 +182,13 @@ class Codec:
 @contextmanager
 def exact_float32():
     """No TF32 and no autotuned convolutions: codes must not depend on the card or the batch."""
-    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    cuda.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = saved
 
 
 def codec_config(state: dict[str, Tensor], base: dict) -> dict:

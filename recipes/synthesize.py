@@ -303,7 +303,8 @@ def _write_results(takes: list[Take], records: list[dict], out: Path) -> Path:
     manifest = out / "manifest.jsonl"
     write_manifest(manifest, rows)
     seconds = sum(record["seconds"] for record in records)
-    print(f"{len(rows)} takes, {seconds:.1f} s of speech: {manifest}")
+    spoken = "1 take" if len(rows) == 1 else f"{len(rows)} takes"
+    print(f"{spoken}, {seconds:.1f} s of speech: {manifest}")
     capped = sum(record["stop_reason"] != "eoc" for record in records)
     silent = len(records) - len(rows)
     if capped:

@@ -16,7 +16,7 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.audio import audio_info, read_audio
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from higgs_lab.codec import Codec, codec_config, codec_hash
+from higgs_lab.codec import Codec, codec_config, codec_hash, exact_float32
 from higgs_lab.nano.build import small_codec_config
 from higgs_lab.vocab import CODEC_CONFIG
 from tests.tiny import random_codes, voice_like
@@ -343,3 +343,20 @@ def test_a_truncated_codec_file_is_named(nano, tmp_path, bundled):
     with pytest.raises(ValueError, match="model.safetensors cannot be read"):
         Codec.from_pretrained(path)
     shutil.rmtree(path)
+
+
+def test_trap16_no_tf32_and_no_autotuning_while_encoding():
+    """What a training script has switched on for its own speed must not change codes."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches = [(cuda, "allow_tf32"), (cudnn, "allow_tf32"), (cudnn, "benchmark")]
+    before = [getattr(place, name) for place, name in switches]
+    try:
+        for place, name in switches:
+            setattr(place, name, True)
+        with pytest.raises(KeyError), exact_float32():
+            assert [getattr(place, name) for place, name in switches] == [False] * 3
+            raise KeyError
+        assert [getattr(place, name) for place, name in switches] == [True] * 3
+    finally:
+        for (place, name), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
