@@ -8,10 +8,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from tiny_runs import FINE, finish, scored
+from tiny_runs import FINE, finish, scored, write_run
 
 from eval import report
 from eval.clips import Sounds, diff, letters, worst
+from eval.compare import compare
+from eval.compare_page import write_comparison
 from eval.languages import LANGUAGES
 from eval.page import SCRIPTS, error_kinds, shade, write_report
 from eval.runs import differences
@@ -223,3 +225,31 @@ def test_worst_clips_show_every_kind_of_failure_and_leave_room_for_errors():
     shown = worst(scores, 6)
     assert [score["id"] for score in shown] == ["m0", "s", "m1", "e0", "e1", "e2"]
     assert len(worst(scores[:11], 6)) == 6 and worst(scores[-1:], 6) == []
+
+
+def test_a_comparison_of_three_runs_shows_where_they_differ_most(tmp_path):
+    heard = {"a": ("one two", "one two", "one"), "b": ("eins zwei", "eins", "eins zwei"),
+             "c": ("same", "same", "same")}  # fmt: skip
+    runs = []
+    for number in range(3):
+        folder = tmp_path / f"run{number}"
+        write_wav(folder / "a.wav", 0.1 * np.sin(np.arange(9600) * 0.1), 24000)
+        scores = [
+            scored(id, texts[0], texts[number], "de" if id == "b" else "en", sim_target=0.5)
+            for id, texts in heard.items()
+        ]
+        scores[0]["audio"] = "a.wav"
+        runs.append(write_run(folder, scores, f"system {number}"))
+    write_comparison(tmp_path / "compare.html", compare(*runs))
+    page = (tmp_path / "compare.html").read_text()
+    tags = Page(page).tags
+    assert "://" not in page and page.count("data:audio/mpeg") == 3
+    assert [attrs["data-kind"] for tag, attrs in tags if tag == "article"] == [
+        "A and B better", "A and C better",
+    ]  # fmt: skip
+    assert page.count("<del>two</del>") == page.count("<del>zwei</del>") == 1
+    assert 'id="B-error"' in page and 'id="C-sim_target"' in page
+    assert "system 0 → system 2" in page  # what was set differently
+    for table in re.findall(r"<table.*?</table>", page, re.DOTALL):
+        rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+        assert len({len(re.findall(r"<t[hd][ >]", row)) for row in rows}) == 1
