@@ -64,7 +64,7 @@ serve-env: .venv-serve/.ready
 	@touch $@
 
 demo: setup
-	$(PY) -m recipes.demo --out $(OUT) $(if $(DATA),--data $(DATA))
+	$(PY) -m recipes.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(OPTIONS)
 
 test: setup engines
 	$(PY) -m pytest -m "not serve and not gpu" $(PYTEST)

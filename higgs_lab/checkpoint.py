@@ -223,11 +223,12 @@ def read_config(path: str | Path) -> dict:
     for part in ("text_config", "audio_encoder_config"):
         if part not in config:
             raise ValueError(f"{file} has no {part!r}: not a Higgs TTS 3 checkpoint")
-    if not config["audio_encoder_config"].get("tie_word_embeddings", True):
-        raise ValueError(
-            f"{file}: audio_encoder_config.tie_word_embeddings is false; an untied audio head is "
-            "not supported, no released checkpoint has one"
-        )
+    for part in ("text_config", "audio_encoder_config"):
+        if not config[part].get("tie_word_embeddings", True):
+            raise ValueError(
+                f"{file}: {part}.tie_word_embeddings is false; an untied head is not supported (it "
+                "would be saved as a copy of the embedding), no released checkpoint has one"
+            )
     return config
 
 

@@ -164,12 +164,17 @@ def load(
 
     device: CUDA when there is one. dtype: the stored one (bf16) on CUDA, float32 on the CPU, where
     bf16 is slow. The codec runs in float32 everywhere.
+
+    Raises FileNotFoundError or ValueError for what is no checkpoint, an adapter of another base, or
+    an unknown dtype.
     """
     started = time.monotonic()
     checkpoint = resolve_checkpoint(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+        if not isinstance(found := getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is none of torch's: float32 or bfloat16")
+        dtype = found
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     talker = load_talker(checkpoint.path, device, dtype)

@@ -59,6 +59,13 @@ def main(argv: list[str] | None = None) -> None:
             make_recordings(out / "recordings", train, test, args.tests)
         note.write_text(made_of, encoding="utf-8")
 
+    if args.data and args.asr == "nano":
+        print(
+            "note: the nano recogniser knows the sentences it was made for and little else, so on "
+            "your recordings its word errors say next to nothing, a human's included; a Whisper "
+            "hears them: --asr base (make demo DATA=... OPTIONS='--asr base')"
+        )
+
     def tool(name: str, *options: str) -> None:
         run(["python", "-m", name, *options])
 

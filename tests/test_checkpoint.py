@@ -273,11 +273,12 @@ def test_a_config_of_another_model_is_refused(base, part):
         read_config(base)
 
 
-def test_trap11_an_untied_audio_head_is_refused(base):
+@pytest.mark.parametrize("part", ["text_config", "audio_encoder_config"])
+def test_trap11_an_untied_head_is_refused(base, part):
     config = json.loads((base / "config.json").read_text())
-    config["audio_encoder_config"]["tie_word_embeddings"] = False
+    config[part]["tie_word_embeddings"] = False
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="untied"):
+    with pytest.raises(ValueError, match=f"{part}.*untied"):
         load_talker(base)
 
 

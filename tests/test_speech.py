@@ -180,7 +180,10 @@ def test_an_adapter_is_merged_in(nano, higgs, tmp_path):
         higgs_lab.load("nano", adapter=tmp_path / "other")
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_what_is_no_checkpoint_is_refused(nano, tmp_path):
+    for dtype in ("bf16", "load"):
+        with pytest.raises(ValueError, match=f"dtype '{dtype}' is none of torch's"):
+            higgs_lab.load(nano, dtype=dtype)
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         higgs_lab.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no directory on this disk"):
