@@ -19,6 +19,7 @@ from higgs_lab.audio import read_audio
 from higgs_lab.manifest import Utterance
 
 BATCH = 32  # clips that a process claims at once
+SCALE_CLIPS = 2000  # recordings of the set that the scale of similarities is measured on, at most
 
 
 class Voices:
@@ -92,32 +93,35 @@ class Voices:
         of the same and of different speakers, their pairs, and the equal error rate, at which a
         threshold takes one for the other. None without two recordings.
         """
-        clips = [
-            (speaker, vector)
+        found = {
+            speaker: [
+                vector
+                for sha in sorted({self.hash(row.audio) for row in rows} if self.vectors else ())
+                if (vector := self.vectors.get(sha)) is not None
+            ]
             for speaker, rows in test_set.voices.items()
-            for sha in sorted({self.hash(row.audio) for row in rows} if self.vectors else ())
-            if (vector := self.vectors.get(sha)) is not None
-        ]
-        if len(clips) < 2:
+        }
+        found = {speaker: vectors for speaker, vectors in found.items() if vectors}
+        each = max(2, SCALE_CLIPS // max(1, len(found)))  # every pair is looked at
+        found = dict(list((s, v[:each]) for s, v in found.items())[: SCALE_CLIPS // 2])
+        if sum(map(len, found.values())) < 2:
             return None
-        names = np.array([speaker for speaker, _ in clips])
-        vectors = np.stack([vector for _, vector in clips])
-        same = names[:, None] == names[None]
+        vectors = np.stack([vector for clips in found.values() for vector in clips])
+        speaker = np.repeat(np.arange(len(found)), [len(clips) for clips in found.values()])
+        same = speaker[:, None] == speaker[None]
         above = np.triu(np.ones_like(same), 1)
         to_clip = vectors @ vectors.T
-        # To centroids: a clip is left out of its own speaker's.
-        speakers = list(dict.fromkeys(names))
-        own, to_voice = [], []
-        for i, vector in enumerate(vectors):
-            for speaker in speakers:
-                of_speaker = (names == speaker) & (np.arange(len(names)) != i)
-                if of_speaker.any():
-                    own.append(names[i] == speaker)
-                    to_voice.append(vector @ centroid(list(vectors[of_speaker])))
-        own, to_voice = np.array(own, dtype=bool), np.array(to_voice)
+        # A clip is left out of its own speaker's centroid.
+        is_own = speaker[:, None] == np.arange(len(found))[None]
+        sums = is_own.T.astype(np.float32) @ vectors
+        to_voice = vectors @ (sums / np.linalg.norm(sums, axis=1, keepdims=True)).T
+        others = sums[speaker] - vectors
+        lengths = np.linalg.norm(others, axis=1)
+        has_others = np.array([len(clips) for clips in found.values()])[speaker] > 1
+        own = (vectors * others).sum(axis=1)[has_others] / lengths[has_others]
         return {
             "sim_ref": _scale(to_clip[same & above], to_clip[~same & above]),
-            "sim_target": _scale(to_voice[own], to_voice[~own]),
+            "sim_target": _scale(own, to_voice[~is_own]),
         }
 
     def hash(self, audio) -> str:

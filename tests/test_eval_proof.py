@@ -23,7 +23,7 @@ pytest.importorskip("espeakng_loader")
 
 VOICES = {"ann": "f2", "bob": "m3"}  # held out of the judges' training
 RATE = 24000
-ENGLISH, OTHERS = 4, ("de", "ru", "zh")
+ENGLISH, OTHERS = 4, ("de", "zh")
 
 
 def recorded(text: str, language: str, voice: str, take: int) -> np.ndarray:
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
     folder, rng, lines, texts = tmp_path_factory.mktemp("proof"), random.Random(5), [], set()
     for language in ("en", *OTHERS):
-        for number in range(ENGLISH if language == "en" else 2):
+        for number in range(ENGLISH if language == "en" else 1):
             for speaker, voice in VOICES.items():
                 text = draw_text(language, rng, "test")
                 while text in texts:
@@ -128,12 +128,8 @@ def silence(id, wav):
     return 1e-4 * np.random.default_rng(0).normal(size=len(wav))
 
 
-def late(id, wav):
-    return np.concatenate([np.zeros(RATE), wav])
-
-
-def loud(id, wav):
-    return np.clip(12 * wav, -0.999, 0.999) * 1.01
+def late_and_loud(id, wav):
+    return np.concatenate([np.zeros(RATE), np.clip(12 * wav, -0.999, 0.999) * 1.01])
 
 
 def slow(id, wav):
@@ -154,8 +150,8 @@ def repeated(id, wav):
         (truncated, "duration_ratio", -1),
         (silence, "failed", 1),
         (silence, "error", 1),
-        (late, "leading_sec", 1),
-        (loud, "loudness_lufs", 1),
+        (late_and_loud, "leading_sec", 1),
+        (late_and_loud, "loudness_lufs", 1),
         (slow, "f0_hz", -1),
         (slow, "letters_per_sec", -1),
         (repeated, "failed", 1),
@@ -246,8 +242,8 @@ def test_missing_and_unreadable_clips_count_as_all_wrong(folder, judged):
 
 def test_the_codec_row_keeps_time_and_counts_every_clip(folder, judged, nano):
     """What it does to words is another question; it may not lose or stretch a clip."""
-    _, summary = judged("codec", "codec:nano", "--asr", "none")
+    _, summary = judged("codec", "codec:nano", "--asr", "none", "--langs", "en")
     assert summary["config"]["system"]["kind"] == "codec"
-    assert summary["overall"]["clips"] == 2 * ENGLISH + 4 * len(OTHERS)
+    assert summary["overall"]["clips"] == 2 * ENGLISH
     assert summary["overall"]["failures"]["missing"] == 0
     assert summary["overall"]["duration_ratio_median"] == pytest.approx(1, abs=0.1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eval.sets import EvalSet
-from eval.speaker import cosine
+from eval.speaker import centroid, cosine
 from eval.voices import Voices, calibrated, equal_error_rate
 from higgs_lab.manifest import Utterance
 
@@ -42,8 +42,24 @@ def test_the_scale_is_the_mean_of_all_pairs_by_hand(voices):
     assert scale["sim_ref"]["same"] == pytest.approx(np.mean(same), abs=1e-6)
     assert scale["sim_ref"]["different"] == pytest.approx(np.mean(different), abs=1e-6)
     # A clip is compared with its speaker's other clips, and with all of the other speaker's.
-    assert scale["sim_target"]["pairs"] == [6, 6]
+    voices = {s: [i for i in ids if i[:3] == s] for s in ("ann", "bob")}
+    own, strange = [], []
+    for i in ids:
+        for speaker, members in voices.items():
+            of = centroid([vectors[j] for j in members if j != i])
+            (own if speaker == i[:3] else strange).append(cosine(vectors[i], of))
+    assert scale["sim_target"]["pairs"] == [len(own), len(strange)] == [6, 6]
+    assert scale["sim_target"]["same"] == pytest.approx(np.mean(own), abs=1e-6)
+    assert scale["sim_target"]["different"] == pytest.approx(np.mean(strange), abs=1e-6)
     assert scale["sim_target"]["same"] > scale["sim_ref"]["same"]  # a mean of clips is steadier
+
+
+def test_a_large_set_is_measured_on_a_part_of_every_speaker(voices, monkeypatch):
+    monkeypatch.setattr("eval.voices.SCALE_CLIPS", 4)
+    found, test_set = voices
+    assert found.calibration(test_set)["sim_ref"]["pairs"] == [2, 4]
+    monkeypatch.setattr("eval.voices.SCALE_CLIPS", 2)
+    assert found.calibration(test_set)["sim_ref"]["pairs"] == [1, 0]
 
 
 def test_a_human_clip_scores_one_and_a_stranger_zero_on_that_scale(voices):
