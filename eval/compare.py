@@ -76,6 +76,8 @@ def _adjust(comparisons: list[dict]) -> None:
             adjusted = stats.holm({key: entry["p"] for key, entry in family.items()})
             for key, entry in family.items():
                 entry["p_holm"] = adjusted[key]
+                # However far apart the runs are, swapping k texts gives no smaller p than this.
+                entry["p_least"] = min(1.0, len(family) * 2.0 ** (1 - entry["texts_apart"]))
 
 
 def _check_comparable(one: dict, two: dict, run_one: str | Path, run_two: str | Path) -> None:
@@ -108,8 +110,10 @@ def verdict(metric: str, entry: dict, name: str = "B") -> str:
     """In words, at 5 % for all languages and runs together."""
     if entry["low"] is None:
         return "one text"
-    if entry["p_holm"] >= ALPHA or entry["low"] <= 0 <= entry["high"]:
+    if entry["low"] <= 0 <= entry["high"]:
         return "no difference shown"
+    if entry["p_holm"] >= ALPHA:
+        return "too few texts" if entry["p_least"] >= ALPHA else "no difference shown"
     change = entry["value"] * METRICS[metric].better
     if change == 0:
         return f"{name} is {'higher' if entry['value'] > 0 else 'lower'}"

@@ -53,8 +53,9 @@ def pairs_of(a: Sequence[dict], b: Sequence[dict]) -> list[Pair]:
 def paired_differences(pairs: Sequence[Pair], metric: str, seed: int = 0) -> dict | None:
     """B - A of a metric: {"languages": {code: entry}, "overall": entry of the mean over languages}.
 
-    An entry holds a and b (each run's figure on these clips), value, low, high, p and texts. Clips
-    for which one of the runs has no value are left out; None if all are.
+    An entry holds a and b (each run's figure on these clips), value, low, high, p, texts, and
+    texts_apart, on which the runs differ at all. Clips for which one of the runs has no value are
+    left out; None if all are.
     """
     sums = {}
     for code in sorted({two["language"] for _, two in pairs}):
@@ -68,8 +69,10 @@ def paired_differences(pairs: Sequence[Pair], metric: str, seed: int = 0) -> dic
     for code, both in sums.items():
         a, b = (float(side[:, 0].sum() / side[:, 1].sum()) for side in both)
         found = stats.paired_difference(*both, code, seed, counts=counts)
-        languages[code] = {"a": a, "b": b} | asdict(found)
+        apart = int(np.any(both[0] != both[1], axis=1).sum())
+        languages[code] = {"a": a, "b": b} | asdict(found) | {"texts_apart": apart}
     means = {side: fmean(entry[side] for entry in languages.values()) for side in "ab"}
+    means["texts_apart"] = sum(entry["texts_apart"] for entry in languages.values())
     return {
         "languages": languages,
         "overall": means | asdict(stats.paired_macro(sums, seed, counts=counts)),

@@ -15,9 +15,9 @@ def title(summary: dict) -> str:
 
 def setting(summary: dict) -> str:
     """On what a system was tested, and heard by whom."""
-    config = summary["config"]
+    config, clips = summary["config"], summary["overall"]["clips"]
     return (
-        f"on {config['set']['name']} ({summary['overall']['clips']} clips), "
+        f"on {config['set']['name']} ({clips} clip{'s' * (clips != 1)}), "
         f"heard by {judge(config)}, normaliser {config['normalizer']}"
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from eval import hear, run, voices
-from eval.compare import advice_lines, compare
+from eval.compare import advice_lines, compare, verdict
 from eval.compare import main as compare_main
 from higgs_lab.audio import read_audio, write_wav
 from higgs_lab.nano.judges import random_ecapa, random_whisper
@@ -398,6 +398,8 @@ def test_several_runs_are_compared_with_the_first_and_corrected_together(
     assert first["p"] == one["p"] and first["p_holm"] == min(1, 2 * one["p_holm"])
     compare_main([str(good), str(bad), str(good)])
     assert "C − A" in capsys.readouterr().out
+    # Six texts that all differ: p can be 2/64, which three runs' correction makes 4/64.
+    assert verdict("error", one) == "B is worse" and verdict("error", first) == "too few texts"
     for runs in ([str(good)], [str(good), str(bad), "--difference", "0"]):
         with pytest.raises(SystemExit, match="two are needed|above 0 points"):
             compare_main(runs)
