@@ -77,9 +77,9 @@ def plan(
         stages.append(("voices", "", name, name))
     deaf = set(judges.get(DEAF, ()))
     heard_sec = takes * sum(expected_sec(row.text) for row in rows if row.language not in deaf)
-    total_sec = 0.0
+    ids, total_sec = {row.id for row in rows}, 0.0
     for stage, file, who, kind in stages:
-        done = _done(Path(out) / f"{file}.jsonl") if file else 0
+        done = _done(Path(out) / f"{file}.jsonl", ids) if file else 0
         left_sec = heard_sec if stage == "hear" else sound_sec
         left_sec *= max(0, clips - done) / clips if clips else 0.0
         pace = known_pace(cache, stage, who, device)
@@ -135,8 +135,9 @@ def _assumed(stage: str, kind: str, device: str | None) -> float:
     return pair[device_name(device) == "CPU"]
 
 
-def _done(path: Path) -> int:
+def _done(path: Path, ids: set[str]) -> int:
+    """Rows of a stage's file that are of these texts."""
     if not path.is_file():
         return 0
     with Ledger(path) as ledger:
-        return len(ledger.rows)
+        return sum(id in ids for id, _ in ledger.rows)

@@ -55,6 +55,16 @@ def test_a_baseline_says_what_it_cannot_speak(tmp_path):
     assert "no baseline 1 languages: zu" in told and "clips       4 (1 a text)" in told
 
 
+def test_what_is_done_is_counted_of_what_can_be_spoken(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    test_set, out = small_set("de", "zu"), tmp_path / "out"
+    out.mkdir()
+    done = [{"id": id, "take": 0} for id in ("de0", "zu0", "zu1")]
+    (out / "speech.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
+    told = lines(open_system("espeak"), test_set, tmp_path)
+    assert "speak       1 of 4 done" in told
+
+
 def test_precision_to_expect_goes_with_the_root_of_the_texts(tmp_path):
     """100 texts of ten words at 5 % and a design effect of 2: 2 points."""
     assert "±2.0 points; ±1 takes about 400" in lines(HUMAN, small_set("de", each=100), tmp_path)
