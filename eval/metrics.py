@@ -321,7 +321,7 @@ def _sound(reference: str, audio: AudioFacts | None, human: AudioFacts | None) -
     for name in ("leading_sec", "trailing_sec", "loudness_lufs", "clipped_share", "f0_hz",
                  "f0_spread_st"):  # fmt: skip
         sound[name] = getattr(audio, name)
-    if audio.spoken_sec > 0:
+    if audio.active_sec >= ACTIVE_SEC:  # a click has no speaking rate
         sound["letters_per_sec"] = len(reference.replace(" ", "")) / audio.spoken_sec
         if human and human.spoken_sec > 0:
             sound["duration_ratio"] = audio.spoken_sec / human.spoken_sec

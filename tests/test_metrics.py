@@ -183,6 +183,11 @@ def test_duration_ratio_compares_speech_without_the_silence_around_it():
     assert clip(human=human)["duration_ratio"] == pytest.approx(1.0)
 
 
+def test_a_click_has_no_speaking_rate():
+    assert "letters_per_sec" not in clip(audio=AudioFacts(0.04, 0.04, 0, 0, None, 0.0))
+    assert clip()["letters_per_sec"] == pytest.approx(15 / 1.8)
+
+
 def test_the_summary_holds_medians_of_what_the_sound_says():
     low, high = (
         AudioFacts(2.0, 1.6, lead, 0.1, -25.0, 0.0, 120.0 + lead, 2.0) for lead in (0.1, 0.3)
