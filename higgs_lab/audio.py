@@ -6,6 +6,7 @@ of the channels: the serving engines would feed the first channel only, or flatt
 
 import contextlib
 import io
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,6 @@ def write_wav(path: str | Path, wav: np.ndarray, sample_rate_hz: int) -> None:
 
     Raises ValueError for no samples, more than one dimension, NaN or infinities.
     """
-    import soundfile
-
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1 or wav.size == 0:
         raise ValueError(
@@ -125,9 +124,13 @@ def write_wav(path: str | Path, wav: np.ndarray, sample_rate_hz: int) -> None:
         )
     if not np.isfinite(wav).all():
         raise ValueError(f"{path}: not written, the samples hold NaN or infinities")
-    # libsndfile hides a full disk behind its own error: encode in memory, write as bytes.
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wav, -1, 1), sample_rate_hz, format="WAV", subtype="PCM_16")
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate_hz)
+        samples = np.floor(wav * 32768).clip(-32768, 32767)  # as libsndfile does
+        file.writeframes(samples.astype("<i2").tobytes())
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 

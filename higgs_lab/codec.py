@@ -11,11 +11,12 @@ convolutions see the edges, so padding changes codes: only clips of one length s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,9 +107,15 @@ class Codec:
         return self.encode_batch([wav])[0]
 
     def encode_batch(
-        self, wavs: Sequence[np.ndarray | Tensor], max_batch_sec: float = 120
+        self,
+        wavs: Sequence[np.ndarray | Tensor],
+        max_batch_sec: float = 120,
+        precision: str = "fp32",
     ) -> list[Tensor]:
-        """Same codes as one by one: only clips of equal sample count share a forward pass."""
+        """Same codes as one by one: only clips of equal sample count share a forward pass.
+
+        precision: one of PRECISIONS; all but fp32 give some other codes (recipes/bench_codec.py).
+        """
         tensors = [self._check(wav) for wav in wavs]
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, wav in enumerate(tensors):
@@ -119,7 +126,7 @@ class Codec:
             for start in range(0, len(members), size):
                 part = members[start : start + size]
                 batch = torch.stack([tensors[i] for i in part])[:, None]  # [B, 1, n]
-                with torch.inference_mode(), exact_float32():
+                with torch.inference_mode(), arithmetic(precision, self.device):
                     out = self.model.encode(
                         batch.to(self.device, self.dtype)
                     ).audio_codes  # [B, K, T]
@@ -132,9 +139,15 @@ class Codec:
         return self.decode_batch([codes])[0]
 
     def decode_batch(
-        self, codes: Sequence[Tensor], max_batch_frames: int = 4096
+        self,
+        codes: Sequence[Tensor],
+        max_batch_frames: int = 4096,
+        ragged: bool = False,
+        precision: str = "fp32",
     ) -> list[np.ndarray]:
-        """Decode many clips; again only equal lengths together."""
+        """Decode many clips; only equal lengths together, or ragged: any, which is the same up to
+        rounding, since what lies behind a clip's end is kept at zero before every convolution.
+        """
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, clip in enumerate(codes):
             if clip.ndim != 2 or clip.shape[1] != self.num_codebooks:
@@ -148,15 +161,20 @@ class Codec:
                 raise ValueError("codes hold special ids: undelay the rows first")
             by_length[len(clip)].append(i)
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
-        for length, members in by_length.items():
-            size = max(1, max_batch_frames // max(length, 1))
-            for start in range(0, len(members) if length else 0, size):
-                part = members[start : start + size]
-                batch = torch.stack([codes[i].long().T for i in part]).to(self.device)  # [B, K, T]
-                with torch.inference_mode(), exact_float32():
-                    out = self.model.decode(batch).audio_values[:, 0].float().cpu().numpy()
-                for i, wave in zip(part, out, strict=True):
-                    waves[i] = wave[: length * self.samples_per_frame].copy()
+        by_length.pop(0, None)
+        for part in _batches(by_length, max_batch_frames, ragged):
+            lengths = [len(codes[i]) for i in part]
+            longest = max(lengths)
+            rows = [torch.nn.functional.pad(codes[i].long().T, (0, longest - len(codes[i])))
+                    for i in part]  # fmt: skip
+            batch = torch.stack(rows).to(self.device)  # [B, K, T]
+            ends = contextlib.nullcontext()
+            if min(lengths) < longest:
+                ends = _silent_ends(self.model.acoustic_decoder, lengths, longest, self.device)
+            with torch.inference_mode(), arithmetic(precision, self.device), ends:
+                out = self.model.decode(batch).audio_values[:, 0].float().cpu().numpy()
+            for i, wave in zip(part, out, strict=True):
+                waves[i] = wave[: len(codes[i]) * self.samples_per_frame].copy()
         return waves
 
     def save_tokenizer_folder(self, out: str | Path) -> None:
@@ -189,6 +207,58 @@ def exact_float32():
         yield
     finally:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = saved
+
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device):
+    """fp32: the reference, exact. tf32: its products in TF32 (CUDA). bf16: autocast, rest TF32."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
+    with exact_float32():
+        fast = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+
+
+def _batches(
+    by_length: dict[int, list[int]], max_batch_frames: int, ragged: bool
+) -> Iterator[list[int]]:
+    """Indices that are decoded together, of one length or, ragged, of neighbouring ones."""
+    groups = [by_length[length] for length in sorted(by_length, reverse=True)]
+    if ragged:
+        groups = [[i for group in groups for i in group]]
+    length = {i: n for n, members in by_length.items() for i in members}
+    for group in groups:
+        while group:  # the first is the longest
+            size = max(1, max_batch_frames // length[group[0]])
+            yield group[:size]
+            group = group[size:]
+
+
+@contextmanager
+def _silent_ends(decoder: torch.nn.Module, lengths: list[int], longest: int, device: torch.device):
+    """Inside, a decoder's convolutions see zeros behind each clip's end, as at a batch's edge."""
+    masks: dict[int, Tensor] = {}
+    ends = torch.tensor(lengths, device=device)[:, None, None]
+
+    def hide(module, inputs):
+        (x,) = inputs
+        if x.shape[-1] not in masks:
+            frame = torch.arange(x.shape[-1], device=device) // (x.shape[-1] // longest)
+            masks[x.shape[-1]] = frame < ends  # [B, 1, T * rate]
+        return x * masks[x.shape[-1]]
+
+    kinds = (torch.nn.Conv1d, torch.nn.ConvTranspose1d)
+    hooks = [m.register_forward_pre_hook(hide) for m in decoder.modules() if isinstance(m, kinds)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def codec_config(state: dict[str, Tensor], base: dict) -> dict:

@@ -1,4 +1,4 @@
-"""What a training step costs, by arithmetic: operations, memory, a card's peak.
+"""What a training step costs, by arithmetic: operations and memory; and a card's peak, measured.
 
     python -m higgs_lab.cost            # tables for the 4B shape: what fits 12 to 80 GB
 
@@ -9,17 +9,13 @@ base), 6 for full fine-tuning; what is computed again does not count. Memory is 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+
+import torch
 
 GIB = 1 << 30
 RESERVE_GIB = 0.8
-# Dense bf16 matrix products in TFLOP/s by the vendors' data sheets, first match in the card's name.
-PEAK_TFLOPS = {
-    "B300": 2500, "B200": 2250, "GB200": 2500, "H200": 989, "GH200": 989, "H100 PCIe": 756,
-    "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "A40": 150, "A6000": 155,
-    "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364,
-    "RTX PRO 6000": 504, "5090": 210, "4090": 165, "4080": 97, "3090": 71, "3080": 60,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,9 +71,24 @@ class Shape:
 SHAPE_4B = Shape(36, 2560, 32, 8, 128, 9728, 151936, 8 * 1026)
 
 
-def peak_tflops(device_name: str) -> float | None:
-    """Of the card's bf16 matrix units, None for a card that is not in the table."""
-    return next((v for name, v in PEAK_TFLOPS.items() if name in device_name), None)
+def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large product of random matrices, the peak that shares are of.
+
+    Measured and not looked up: a data sheet's figure is reached by no card under its power limit.
+    """
+    size, times = (8192, 20) if device.type == "cuda" else (1024, 4)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        for _ in range(times):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, times * 2 * size**3 / (time.perf_counter() - begun) / 1e12)
+    return best
 
 
 def training_gib(

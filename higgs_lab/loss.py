@@ -104,14 +104,17 @@ def codebook_loss(
 
 
 def head_loss(
-    hidden: Tensor, table: Tensor, targets: Targets, chunk_positions: int = 1024
+    hidden: Tensor, table: Tensor, targets: Targets, chunk_positions: int | None = None
 ) -> tuple[Tensor, LossSums]:
     """Head and `codebook_loss` in one: (weighted sum, plain sums) of hidden [N, D], table [K*V, D].
 
-    Neither the logits nor their gradient exist for more than chunk_positions at a time: the
+    Neither the logits nor their gradient exist for more than chunk_positions at a time (by default
+    1024 on a GPU, 256 on a CPU, whose cache they must not leave): the
     gradient of the hidden states is computed on the way forth and scaled on the way back (as Liger
     Kernel's fused linear cross-entropy does). The sums carry no gradient.
     """
+    if chunk_positions is None:
+        chunk_positions = 256 if hidden.device.type == "cpu" else 1024
     loss, sums = _HeadLoss.apply(
         hidden, table, targets.labels, targets.supervised, targets.weights, chunk_positions
     )

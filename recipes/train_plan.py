@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from higgs_lab.cost import GIB, Shape, peak_tflops, training_gib
+from higgs_lab.cost import GIB, matrix_tflops, training_gib
 from higgs_lab.fused import unfusable
 from higgs_lab.runlog import duration
 from higgs_lab.training_set import TrainingSet
@@ -19,8 +19,8 @@ USUAL_SHARE = 0.45  # of a card's peak, for the first guess; the first steps cor
 
 
 def card_peak(device: torch.device) -> float | None:
-    """TFLOP/s of the device's bf16 matrix units by the table, None when it is not in there."""
-    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    """TFLOP/s of the card's bf16 matrix units, measured; None on a CPU."""
+    return matrix_tflops(device, torch.bfloat16) if device.type == "cuda" else None
 
 
 def plan(config: TrainConfig, run: Run, data: TrainingSet, start: int) -> str:
@@ -42,8 +42,7 @@ def plan(config: TrainConfig, run: Run, data: TrainingSet, start: int) -> str:
         "first",
         f"blocks: {blocks(config, run)}",
     ]
-    table_rows = run.vocab.num_codebooks * run.vocab.codebook_size
-    shape = Shape.of(run.talker.config, table_rows)
+    shape = run.shape
     positions = config.budget_positions if loader.pad else fullest
     if device.type == "cuda":
         need = training_gib(shape, config.method, config.rank, positions, config.checkpointing)
@@ -53,14 +52,12 @@ def plan(config: TrainConfig, run: Run, data: TrainingSet, start: int) -> str:
             f"memory: about {need['total']:.1f} GiB by arithmetic ({parts}); "
             f"the card has {have:.1f}"
         )
-        peak = card_peak(device)
-        if peak:
-            flops = shape.useful_flops(config.method) * config.packs_per_step * positions
-            seconds = flops / (USUAL_SHARE * peak * 1e12 * run.accelerator.num_processes)
-            lines.append(
-                f"time: about {duration(seconds * (config.steps - start))} at {USUAL_SHARE:.0%} of "
-                f"the card's {peak:.0f} TFLOP/s"
-            )
+        flops = shape.useful_flops(config.method) * config.packs_per_step * positions
+        seconds = flops / (USUAL_SHARE * run.peak * 1e12 * run.accelerator.num_processes)
+        lines.append(
+            f"time: about {duration(seconds * (config.steps - start))} at {USUAL_SHARE:.0%} of the "
+            f"card's {run.peak:.0f} TFLOP/s (measured)"
+        )
     return "\n".join(lines)
 
 

@@ -360,3 +360,27 @@ def test_trap16_no_tf32_and_no_autotuning_while_encoding():
     finally:
         for (place, name), value in zip(switches, before, strict=True):
             setattr(place, name, value)
+
+
+def test_ragged_decoding_is_decoding_one_by_one(nano):
+    """Lengths that share nothing, one frame and none among them; fp32 rounding alone differs."""
+    codec = Codec.from_pretrained(nano)
+    clips = [random_codes(n, seed=n) for n in (31, 1, 0, 12, 30, 7, 31)]
+    made = codec.decode_batch(clips, max_batch_frames=100, ragged=True)
+    for clip, wave in zip(clips, made, strict=True):
+        wanted = codec.decode(clip)
+        assert wave.shape == wanted.shape
+        np.testing.assert_allclose(wave, wanted, atol=2e-5)
+    assert not any(m._forward_pre_hooks for m in codec.model.acoustic_decoder.modules())
+
+
+def test_other_precisions_are_asked_for_by_name(nano):
+    codec = Codec.from_pretrained(nano)
+    clip = random_codes(20, seed=1)
+    fast, wanted = codec.decode_batch([clip], precision="bf16")[0], codec.decode(clip)
+    assert 0 < np.linalg.norm(fast - wanted) < 0.1 * np.linalg.norm(wanted)
+    wav = voice_like(1.5)
+    agree = (codec.encode_batch([wav], precision="bf16")[0] == codec.encode(wav)).float().mean()
+    assert 0.1 < agree < 1
+    with pytest.raises(ValueError, match="choose fp32, tf32, bf16"):
+        codec.encode_batch([wav], precision="int8")

@@ -1,0 +1,176 @@
+"""What the benches share: rows that are printed as they come, a clock, random models in any size.
+
+They need torch, transformers, peft, accelerate, numpy and safetensors, no sound or data library, so
+that they run on a bare GPU machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from higgs_lab.checkpoint import load_talker
+from higgs_lab.cost import GIB, matrix_tflops
+from higgs_lab.nano import nano_checkpoint
+from higgs_lab.nano.random_4b import TEXT_CONFIG_4B
+from higgs_lab.runlog import provenance, write_json_atomic
+from higgs_lab.talker import Talker, talker_config
+from higgs_lab.vocab import Vocab
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=("nano", "4b"), help="default: 4b on a GPU, else nano")
+    parser.add_argument("--seconds", type=float, default=540, help="budget of the whole command")
+    parser.add_argument(
+        "--row-sec", type=float, default=6, help="measure each row at least so long"
+    )
+    parser.add_argument("--only", default="", help="rows whose name holds one of these, by commas")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows, rewritten after each")
+    return parser
+
+
+class Bench:
+    """A table that grows: each row is measured, printed and saved before the next begins."""
+
+    def __init__(self, args: argparse.Namespace, columns: list[str]):
+        self.args, self.columns = args, columns
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.size = args.size or ("4b" if self.device.type == "cuda" else "nano")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.began, self.rows, self.longest = time.monotonic(), [], 0.0
+        self.peak = matrix_tflops(self.device, self.dtype)
+        self.vocab = Vocab.from_pretrained(nano_checkpoint())
+        print(f"{self.machine()}, torch {torch.__version__}, {self.size} shape")
+        print(f"matrix products: {self.peak:,.3g} TFLOP/s measured, the peak of the shares below")
+        print("| method | " + " | ".join(columns) + " |")
+        print("|---|" + "---|" * len(columns), flush=True)
+
+    def machine(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name()
+        return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+
+    def row(self, name: str, measure: Callable[[], dict]) -> dict | None:
+        """One row; measure gives cells by column. Whatever goes wrong, the next row is tried."""
+        wanted = [part for part in self.args.only.split(",") if part]
+        if wanted and not any(part in name for part in wanted):
+            return None
+        spent = time.monotonic() - self.began
+        if spent > self.args.seconds:
+            return self._add(name, {}, f"left out: {spent:.0f} s of {self.args.seconds:.0f} spent")
+        self.clean()
+        begun = time.monotonic()
+        try:
+            return self._add(name, measure() | {"row_sec": time.monotonic() - begun})
+        except torch.OutOfMemoryError:
+            return self._add(name, {}, "out of memory")
+        except ImportError as error:
+            return self._add(name, {}, f"left out: {error}")
+        except Exception as error:  # a bench that stops at its third row wastes a rented card
+            return self._add(name, {}, f"failed: {type(error).__name__}: {error}")
+        finally:
+            self.clean()
+
+    def _add(self, name: str, cells: dict, note: str = "") -> dict:
+        row = {"method": name} | cells | ({"note": note} if note else {})
+        self.rows.append(row)
+        shown = [_cell(row.get(column)) for column in self.columns]
+        if note:
+            shown = [note.splitlines()[0][:160]] + [""] * (len(self.columns) - 1)
+        print(f"| {name} | " + " | ".join(shown) + " |", flush=True)
+        self.save()
+        return row
+
+    def save(self) -> None:
+        if self.args.out:
+            about = {"machine": self.machine(), "size": self.size, "peak_tflops": self.peak}
+            write_json_atomic(self.args.out, about | {"rows": self.rows} | provenance())
+
+    def multiples(self, column: str, pairs: list[tuple[str, str]]) -> None:
+        """Lines that say how much faster one row is than another."""
+        found = {row["method"]: row.get(column) for row in self.rows}
+        for ours, plain in pairs:
+            if found.get(ours) and found.get(plain):
+                times = found[ours] / found[plain]
+                print(f"{ours}: {times:.2f} times {plain} ({column})", flush=True)
+                self.rows.append({"method": f"{ours} / {plain}", "times": times})
+        self.save()
+
+    def clean(self) -> None:
+        gc.collect()
+        torch._dynamo.reset()  # rows differ in shapes, and a function compiles eight times at most
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def memory_gib(self) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated() / GIB
+
+    def talker(self, dtype: torch.dtype | None = None) -> Talker:
+        """nano as it is, or random weights in the 4B shape, made on the device."""
+        dtype = dtype or self.dtype
+        if self.size == "nano":
+            return load_talker(nano_checkpoint(), self.device, dtype)
+        with torch.device("meta"):
+            talker = Talker(talker_config(TEXT_CONFIG_4B), 8, self.vocab.codebook_size)
+        talker = talker.to(dtype).to_empty(device=self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        with torch.no_grad():
+            for parameter in talker.parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1)
+                else:
+                    parameter.normal_(0, 0.02, generator=generator)
+        talker.materialize_rope(self.device)
+        return talker.requires_grad_(False).eval()
+
+
+def timed(step: Callable[[int], float], row_sec: float, warm: int = 2, least: int = 3) -> dict:
+    """Call step(i), which returns how much it did, for at least row_sec and `least` times.
+
+    Gives per_sec; per_cpu_sec, of all threads, which says more where others use the machine; steps;
+    and first_sec: the first call, with all compiling.
+    """
+    begun = time.monotonic()
+    step(0)
+    synchronize()
+    first = time.monotonic() - begun
+    for i in range(1, warm):
+        step(i)
+    synchronize()
+    begun, worked, done, i = time.monotonic(), time.process_time(), 0.0, warm
+    while i < warm + least or time.monotonic() - begun < row_sec:
+        done += step(i)
+        i += 1
+        if i % 4 == 0:
+            synchronize()  # or the host runs far ahead of the clock
+    synchronize()
+    seconds = time.monotonic() - begun
+    worked = time.process_time() - worked
+    rates = {"per_sec": done / seconds, "per_cpu_sec": done / worked}
+    return rates | {"steps": i - warm, "first_sec": first}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,128 @@
+"""Codec speed by precision, with what each changes in codes and sound.
+
+    python -m recipes.bench_codec                          # released size on a GPU, nano on a CPU
+
+The reference is fp32 with TF32 off. Agreement is the share of codes that equal the reference's,
+over all codebooks and in the first; deviation is that of the decoded wave, relative to it. Clips
+are buzzes of moving pitch with noise, of one length, in batches. The random codec of the released
+size has codebooks that follow no sound: its agreement says how often a precision moves a vector to
+another cell, not what that does to speech; nano's is trained.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from higgs_lab.codec import PRECISIONS, Codec
+from recipes.bench import Bench, arguments, timed
+from recipes.bench_generate import make_codec
+
+COLUMNS = ["audio-s/s", "agreement", "in codebook 0", "deviation", "peak GiB"]
+
+
+def main(argv: list[str] | None = None) -> Bench:
+    parser = arguments(__doc__)
+    parser.add_argument("--batch", type=int, help="clips at a time; 16, on a CPU 2")
+    parser.add_argument("--clip-sec", type=float, default=10.0)
+    args = parser.parse_args(argv)
+    bench = Bench(args, COLUMNS)
+    gpu = bench.device.type == "cuda"
+    args.batch = args.batch or (16 if gpu else 2)
+    codec = make_codec(bench)
+    wavs = [buzz(args.clip_sec, seed, codec.sample_rate_hz) for seed in range(args.batch)]
+    codes = codec.encode_batch(wavs)
+    waves = codec.decode_batch(codes)
+    bench.row("encode fp32, one by one", partial(encode, bench, codec, wavs, codes, "fp32", True))
+    for precision in PRECISIONS:
+        if gpu or precision != "tf32":  # a CPU has none
+            bench.row(f"encode {precision}", partial(encode, bench, codec, wavs, codes, precision))
+    bench.row("decode fp32, one by one", partial(decode, bench, codec, codes, waves, "fp32", True))
+    for precision in PRECISIONS:
+        if gpu or precision != "tf32":
+            bench.row(f"decode {precision}", partial(decode, bench, codec, codes, waves, precision))
+    cut = [c[: len(c) - 7 * i] for i, c in enumerate(codes)]
+    bench.row("decode fp32, ragged", partial(decode, bench, codec, cut, None, "fp32"))
+    if gpu:
+        bench.row("decode bf16, ragged", partial(decode, bench, codec, cut, None, "bf16"))
+        compiled = partial(decode, bench, codec, codes, waves, "bf16", compiled=True)
+        bench.row("decode bf16, compiled", compiled)
+        compiled = partial(encode, bench, codec, wavs, codes, "tf32", compiled=True)
+        bench.row("encode tf32, compiled", compiled)
+    return bench
+
+
+def encode(
+    bench: Bench, codec: Codec, wavs, wanted, precision: str, single=False, compiled=False
+) -> dict:
+    call = partial(codec.encode_batch, precision=precision, max_batch_sec=1e9)
+    with _compiled(codec, ["semantic_model", "acoustic_encoder"] if compiled else []):
+        made = call(wavs)
+        seconds = sum(map(len, wavs)) / codec.sample_rate_hz
+        found = timed(_step(call, wavs, seconds, single), bench.args.row_sec, warm=1, least=2)
+    equal = torch.cat(made) == torch.cat(wanted)
+    agreement = {"agreement": float(equal.float().mean())}
+    agreement["in codebook 0"] = float(equal[:, 0].float().mean())
+    return {"audio-s/s": found["per_sec"], "peak GiB": bench.memory_gib()} | agreement
+
+
+def decode(
+    bench: Bench, codec: Codec, codes, wanted, precision: str, single=False, compiled=False
+) -> dict:
+    call = partial(codec.decode_batch, precision=precision, ragged=True, max_batch_frames=1 << 30)
+    with _compiled(codec, ["acoustic_decoder"] if compiled else []):
+        made = call(codes)
+        wanted = wanted or [codec.decode(clip) for clip in codes]
+        seconds = sum(map(len, made)) / codec.sample_rate_hz
+        found = timed(_step(call, codes, seconds, single), bench.args.row_sec, warm=1, least=2)
+    a, b = np.concatenate(made), np.concatenate(wanted)
+    deviation = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return {
+        "audio-s/s": found["per_sec"],
+        "deviation": deviation,
+        "peak GiB": bench.memory_gib(),
+    }
+
+
+def _step(call, items, seconds: float, single: bool):
+    def step(_: int) -> float:
+        if single:
+            for item in items:
+                call([item])
+        else:
+            call(items)
+        return seconds
+
+    return step
+
+
+class _compiled:
+    """Inside, parts of the codec are compiled."""
+
+    def __init__(self, codec: Codec, names: list[str]):
+        self.model, self.names = codec.model, names
+
+    def __enter__(self):
+        self.before = {name: getattr(self.model, name).forward for name in self.names}
+        for name, forward in self.before.items():
+            getattr(self.model, name).forward = torch.compile(forward)
+
+    def __exit__(self, *exc):
+        for name, forward in self.before.items():
+            getattr(self.model, name).forward = forward
+
+
+def buzz(seconds: float, seed: int, sample_rate_hz: int) -> np.ndarray:
+    """Something between voice and noise, so that all codebooks get work."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz
+    phase = 2 * np.pi * np.cumsum(120 + 40 * np.sin(4 * time + seed)) / sample_rate_hz
+    sound = sum(np.sin(h * phase) / h for h in range(1, 12))
+    loud = 0.2 + 0.8 * np.abs(np.sin(8 * time))
+    return (0.1 * loud * sound + 0.01 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()
