@@ -18,10 +18,11 @@ from pathlib import Path
 from eval import stats
 from eval.paired import METRICS, paired_differences, pairs_of
 from eval.runs import differences, read_scores, read_summary
-from eval.table import bounds, language_name, signed
+from eval.table import bounds, signed
 from higgs_lab.runlog import write_json_atomic
 
 ALPHA = 0.05
+FEW = 6  # languages that get a line each
 # What must be equal, or the difference would be that of the measuring.
 _SAME = ("set.revision", "asr.revision", "asr.precision", "asr.options", "normalizer", "metrics",
          "encoder.revision")  # fmt: skip
@@ -136,9 +137,18 @@ def advice(found: dict, wanted: float = 0.01) -> dict[str, int]:
 
 
 def advice_lines(comparison: dict, wanted: float = 0.01) -> list[str]:
+    """`advice` in words: a line per language, or one for many."""
     found = comparison["metrics"].get("error")
+    needed = advice(found, wanted) if found else {}
+    if len(needed) > FEW:
+        most = sorted(needed, key=needed.__getitem__, reverse=True)
+        listed = ", ".join(f"{code} {needed[code]}" for code in most[:FEW])
+        return [
+            f"{comparison['name']}: too few texts to show {100 * wanted:g} points of difference "
+            f"in {len(needed)} languages; needed are {listed}, fewer in the others"
+        ]
     lines = []
-    for code, texts in (advice(found, wanted) if found else {}).items():
+    for code, texts in needed.items():
         entry = found["languages"][code]
         half_width = 100 * (entry["high"] - entry["low"]) / 2
         lines.append(
@@ -158,7 +168,7 @@ def cells(metric: str, entry: dict) -> dict[str, str]:
         "b": signed(scale * entry["b"], form),
         "value": signed(scale * entry["value"], signs),
         "interval": interval,
-        "p": f"{entry['p_holm']:.4f}",
+        "p": f"{p:.4f}" if (p := entry["p_holm"]) >= 1e-4 else "<0.0001",
     }
 
 
@@ -174,12 +184,20 @@ def print_comparison(result: dict, wanted: float = 0.01) -> None:
         console.print(f"{run['name']}  {run['system']}  ({run['path']})", highlight=False)
     for comparison in result["comparisons"]:
         name, metrics = comparison["name"], comparison["metrics"]
+        heads = ["language", "measure", "texts", "A", name, f"{name} − A", "interval", "p (Holm)",
+                 "verdict"]  # fmt: skip
+        # What a narrow terminal does without; the page and --json have it.
+        left_out = {3, 4} if console.width < 105 else set()
+        left_out |= {2, 7} if console.width < 80 else set()
         table = Table(title=f"{name} − A, 95 % intervals", title_justify="left")
-        for column in ("language", "measure", "texts", "A", name, f"{name} − A", "interval",
-                       "p (Holm)", "verdict"):  # fmt: skip
-            table.add_column(
-                column, justify="left" if column in ("language", "measure") else "right"
-            )
+        for number, head in enumerate(heads):
+            if number not in left_out:
+                table.add_column(head, justify="left" if number < 2 else "right")
+
+        def add(code: str, metric: str, entry: dict, said: str) -> None:
+            row = (code, *_row(metric, entry, said))  # noqa: B023
+            table.add_row(*(c for n, c in enumerate(row) if n not in left_out))  # noqa: B023
+
         codes = sorted({code for found in metrics.values() for code in found["languages"]})
         for code in codes:
             for metric, found in metrics.items():
@@ -187,14 +205,15 @@ def print_comparison(result: dict, wanted: float = 0.01) -> None:
                 if entry is None:
                     continue
                 said = verdict(metric, entry, name)
-                if len(codes) == 1 or metric == "error" or said.startswith(name):
-                    table.add_row(code, *_row(metric, entry, said))
+                shown = METRICS[metric].better and said.startswith(name)
+                if len(codes) == 1 or metric == "error" or shown:
+                    add(code, metric, entry, said)
         if len(codes) > 1:
             table.add_section()
             for metric, found in metrics.items():
                 entry = found["overall"]
                 said = verdict(metric, entry, name)
-                table.add_row(language_name("overall"), *_row(metric, entry, said))
+                add("mean", metric, entry, said)
         console.print(table)
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False)

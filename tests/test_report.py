@@ -12,7 +12,7 @@ from tiny_runs import FINE, finish, scored, write_run
 
 from eval import report
 from eval.clips import Sounds, diff, letters, worst
-from eval.compare import compare
+from eval.compare import compare, main
 from eval.compare_page import write_comparison
 from eval.languages import LANGUAGES
 from eval.page import SCRIPTS, error_kinds, shade, write_report
@@ -253,3 +253,24 @@ def test_a_comparison_of_three_runs_shows_where_they_differ_most(tmp_path):
     for table in re.findall(r"<table.*?</table>", page, re.DOTALL):
         rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
         assert len({len(re.findall(r"<t[hd][ >]", row)) for row in rows}) == 1
+
+
+@pytest.mark.parametrize("width", [60, 90, 200])
+def test_a_comparison_of_many_languages_fits_the_terminal(width, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    codes = list(LANGUAGES)[:9]
+    runs = []
+    for name, cut in (("first", 9), ("second", 4)):
+        scores = [
+            scored(f"{c}{i}", f"one two {i}", f"one two {i}"[: cut + (i == "c")], c)
+            for c in codes
+            for i in "abc"
+        ]
+        runs.append(str(write_run(tmp_path / name, scores, name)))
+    main([*runs, "--difference", "0.1"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("│")]
+    assert max(map(len, rows)) <= width and all(any(f"│ {c} " in r for r in rows) for c in codes)
+    assert printed.count("mean") >= 2 and "B − A" in printed
+    assert ("p (Holm)" in printed) == (width > 60)
