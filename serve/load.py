@@ -103,7 +103,7 @@ class Load:
     """What came of a load."""
 
     takes: list[Take]
-    end_sec: float  # until then all callers were busy, or requests still arrived
+    end_sec: float  # until then all callers were busy (closed loop), or all was answered (open)
 
 
 def closed_loop(
@@ -146,7 +146,7 @@ def open_loop(
             running.append(pool.submit(_ask, target, texts, take, begin, seed))
         for done in running:
             done.result()
-    return Load(takes, float(due[-1]))
+    return Load(takes, max(take.done for take in takes))
 
 
 def _ask(target: Target, texts: Sequence[str], take: Take, begin: float, seed: int) -> None:

@@ -14,6 +14,7 @@ from served import ENDING_ROW, ENDING_TEXT
 from higgs_lab.delay import delay
 from higgs_lab.generate import Sampling, codes_from_rows, generate
 from higgs_lab.prompt import render_prompt
+from higgs_lab.text import split_text
 from serve.client import (
     ServerError,
     _open,
@@ -120,21 +121,37 @@ def test_trap39_a_clone_differs_from_plain_speech(exact, reference):
     assert not torch.equal(plain, cloned)
 
 
-def test_trap35_concurrent_greedy_requests_are_not_mixed_up(exact, talker, vocab):
-    texts = [f"Request number {i}." for i in range(16)]
+def test_trap35_a_hundred_requests_at_once_are_neither_lost_nor_mixed_up(
+    exact, talker, codec, vocab
+):
+    """Codes by request, and each caller gets the sound of its own codes."""
+    texts = [f"Request number {i}." for i in range(100)]
     exact.dumps.new()
 
     def ask(text: str) -> bytes:
-        return speak(exact.url, text, temperature=0.0, max_new_tokens=30)
+        return speak(exact.url, text, temperature=0.0, max_new_tokens=24, retries=0)
 
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(ask, texts))
+    with ThreadPoolExecutor(len(texts)) as pool:
+        sounds = list(pool.map(ask, texts))
     rows_of = {tuple(h["prompt_token_ids"]): rows for h, rows in exact.dumps.new()}
     assert len(rows_of) == len(texts)
-    for text in texts:
-        prompt = render_prompt(vocab, text)
-        assert torch.equal(rows_of[tuple(prompt.ids.tolist())], greedy(talker, prompt, 30).rows)
-    assert together[3] == ask(texts[3])
+    prompts = [render_prompt(vocab, text) for text in texts]
+    ours = generate(talker, prompts, Sampling(temperature=0, mode="vllm", max_frames=24 - 8))
+    for prompt, generation, sound in zip(prompts, ours, sounds, strict=True):
+        assert torch.equal(rows_of[tuple(prompt.ids.tolist())], generation.rows)
+        want = codec.decode(heard(generation.rows, generation.stop_reason))
+        assert np.abs(samples(sound) - np.clip(want, -1, 1) * 32767).max() <= 2
+
+
+def test_ten_thousand_characters(exact):
+    """One request is refused in the server's words; the client's parts are spoken and joined."""
+    text = ("This sentence is one of very many that follow each other. " * 200)[:10_000].strip()
+    with pytest.raises(ServerError, match="4096") as caught:
+        speak(exact.url, text, split=False, temperature=0.0, max_new_tokens=20, retries=0)
+    assert caught.value.status == 500  # though it is the caller's fault
+    parts, rows = len(split_text(text)), 20
+    whole = samples(speak(exact.url, text, temperature=0.0, max_new_tokens=rows))
+    assert parts > 30 and len(whole) == parts * (rows - 9) * 960 - (parts - 1) * 480  # 20 ms fades
 
 
 def test_trap23_seeds_rule_sampling_and_no_seed_draws_anew(exact):
