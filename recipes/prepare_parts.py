@@ -6,9 +6,10 @@ one that was killed goes on with those that are not on disk.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import numpy as np
 
 from higgs_lab.audio import AudioSource, measure_levels, read_audio
 from higgs_lab.manifest import EmbeddedAudio, Utterance
-from higgs_lab.runlog import Progress, atomic_path
+from higgs_lab.runlog import Progress, atomic_path, duration
 
 if TYPE_CHECKING:
     from higgs_lab.codec import Codec
@@ -64,20 +65,33 @@ def encode_parts(
     finished=lambda: False,
     show: bool = True,
 ) -> None:
-    """Encode this process's parts that are not on disk yet, one atomic .npz file each."""
+    """Encode this process's parts that are not on disk yet, one atomic .npz file each.
+
+    Decoding and resampling let go of the interpreter, so the next part is read, on all cores, while
+    the codec encodes this one; the last line says how long the codec had to wait all the same.
+    """
     mine = list(parts)[rank::world]
     todo = [name for name in mine if not (work / f"{name}.npz").is_file()]
     total, left = (sum(len(parts[name]) for name in names) for names in (mine, todo))
     label = "encode" if world == 1 else f"encode (process 1 of {world})"
+    began, waited = time.monotonic(), 0.0
     with (
-        ThreadPoolExecutor(4) as pool,
+        ThreadPoolExecutor(min(32, max(2, (os.cpu_count() or 2) // world))) as pool,
         Progress(total, "clips", label, start=total - left, enabled=show) as bar,
     ):
-        for name in todo:
+
+        def start(name: str) -> list[Future]:
+            return [pool.submit(_read, s, codec.sample_rate_hz) for s in parts[name]]
+
+        ahead = start(todo[0]) if todo else []
+        for name, following in zip(todo, [*todo[1:], None], strict=False):
             if finished():
+                pool.shutdown(cancel_futures=True)
                 return
-            sources = parts[name]
-            read = list(pool.map(lambda source: _read(source, codec.sample_rate_hz), sources))
+            reading, ahead = ahead, start(following) if following else []
+            asked = time.monotonic()
+            read = [one.result() for one in reading]
+            waited += time.monotonic() - asked
             whole = [index for index, (wav, _) in enumerate(read) if wav is not None]
             codes = codec.encode_batch([read[index][0] for index in whole])
             by_index = dict(zip(whole, codes, strict=True))
@@ -90,7 +104,10 @@ def encode_parts(
                     encoded = by_index[index][:frames].numpy().astype(np.uint16)
                 clips.append(Clip(encoded, facts))
             _save_part(work / f"{name}.npz", clips, codec.num_codebooks)
-            bar.update(len(sources))
+            bar.update(len(read))
+    if show and todo:
+        print(f"encoded in {duration(time.monotonic() - began)}, {waited:.1f} s of it waiting for "
+              "the reading")  # fmt: skip
 
 
 def identity(source: AudioSource) -> list:

@@ -65,19 +65,24 @@ def curve(metrics: list[dict], name: str) -> list[float]:
     return [m[name] for m in metrics if name in m]
 
 
-def launch(prepared: Path, out: Path, processes: int, **changes) -> subprocess.Popen:
-    """The recipe under `accelerate launch`; processes = 0: without it, which starts sooner.
+def launch(
+    prepared: Path, out: Path, processes: int, config: str = "one_gpu", machine: int = 0, **changes
+) -> subprocess.Popen:
+    """The recipe under `accelerate launch` with a shipped configuration; processes = 0: without it,
+    which starts sooner.
 
-    --multi_gpu is how accelerate is told to start several processes, on CPUs too: with --cpu it
-    starts one, whatever --num_processes says.
+    Its multi-GPU kind is how accelerate is told to start several processes, on CPUs too: with --cpu
+    it starts one, whatever --num_processes says.
     """
     options = {**SMALL, "data": prepared, "out": out, **changes}
     command = [sys.executable]
     if processes:
-        command += ["-m", "accelerate.commands.launch", "--mixed_precision", "no"]
-        command += ["--num_processes", str(processes), "--num_machines", "1"]
+        file = ROOT / "recipes" / "configs" / "accelerate" / f"{config}.yaml"
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+        command += ["--num_processes", str(processes), "--machine_rank", str(machine)]
     if processes > 1:
-        command += ["--multi_gpu", "--main_process_port", str(20000 + os.getpid() % 20000)]
+        command += ["--main_process_port", str(20000 + os.getpid() % 20000)]
+        command += ["--main_process_ip", "127.0.0.1"]
     command += [str(ROOT / "recipes" / "finetune.py")]
     command += [f"{key}={value}" for key, value in options.items()]
     environment = os.environ | {
@@ -225,12 +230,16 @@ def test_a_sigterm_to_the_launcher_saves_too(prepared, straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_one_process_curves(prepared, tmp_path):
+@pytest.mark.parametrize("config", ["ddp_8_gpus", "ddp_2_nodes"])
+def test_two_processes_give_the_one_process_curves(prepared, tmp_path, config):
+    """Of one machine, and of two with a launcher each."""
     changes = dict(steps=4, valid_every=2)
     one = run(prepared, tmp_path / "one", **changes)
-    process = launch(prepared, tmp_path / "two", 2, **changes)
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
+    machines = range(2 if config == "ddp_2_nodes" else 1)
+    launched = [launch(prepared, tmp_path / "two", 2, config, m, **changes) for m in machines]
+    for process in launched:
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, output
     assert json.loads((tmp_path / "two" / "provenance.json").read_text())["processes"] == 2
     two = read_jsonl(tmp_path / "two" / "metrics.jsonl")
     assert curve(one, "lr") == curve(two, "lr")
