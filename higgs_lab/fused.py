@@ -65,7 +65,7 @@ class _BlockFunction(torch.autograd.Function):
             d_middle, d_attended, of_sites, of_mlp_norm = engine.after_back(
                 dy, out.detach().flatten(1), *rest, block, engine.eps
             )
-            grads = torch.autograd.grad(out, heads, d_attended.view_as(out))
+            grads = torch.autograd.grad(out, heads, d_attended.reshape(out.shape))
             dx, of_qkv, of_norms = engine.before_back(
                 *grads, d_middle, x, *products, block, cos, sin, *options
             )

@@ -67,8 +67,12 @@ class Targets:
     supervised: Tensor  # [N, K] bool
     weights: Tensor  # [K] fp32, of the codebooks
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        return Targets(*(t.to(device, non_blocking=non_blocking) for t in vars(self).values()))
+    def to(self, device: torch.device) -> Targets:
+        """On the device, without waiting for what it still has to do."""
+        parts = vars(self).values()
+        if device.type == "cuda":  # from pageable memory a copy would wait its turn
+            parts = [part.pin_memory() for part in parts]
+        return Targets(*(part.to(device, non_blocking=True) for part in parts))
 
 
 def codebook_loss(

@@ -81,7 +81,7 @@ def speed(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """Peaks by method, rank and pack; speed is by the way."""
-    sizes = (2048, 4096, 8192, 16384) if bench.device.type == "cuda" else (512,)
+    sizes = (2048, 4096, 8192, 16384) if bench.device.type == "cuda" else (1024,)
     bench.row(
         "plain, checkpointing, 4096 padded", partial(plain, bench, checkpointing=True, quick=True)
     )
@@ -210,7 +210,7 @@ def stepper(bench: Bench, model: torch.nn.Module) -> Callable[[Batch], float]:
 
     def step(batch: Batch) -> float:
         cells = int(batch.supervised.sum())
-        targets = batch.targets(weights).to(bench.device, non_blocking=True)
+        targets = batch.targets(weights).to(bench.device)
         inputs = batch.to(bench.device, non_blocking=True).inputs()
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=gpu):
             out = model(**inputs, targets=targets)

@@ -246,7 +246,7 @@ class Run:
     def sums(self, model: torch.nn.Module, pack: Batch) -> tuple[Tensor, LossSums]:
         """(weighted loss sum, sums without gradient) of a pack that is still on the host."""
         device = self.accelerator.device
-        targets = pack.targets(self.host_weights).to(device, non_blocking=True)
+        targets = pack.targets(self.host_weights).to(device)
         out = model(**pack.to(device, non_blocking=True).inputs(), targets=targets)
         return out.loss, out.sums
 
