@@ -188,7 +188,7 @@ def summarise(scores: Sequence[dict], seed: int = 0, normalizer: str = "fair") -
     for score in scores:
         by_language.setdefault(score["language"], []).append(score)
     blocks = {code: _block(rows, code, seed) for code, rows in sorted(by_language.items())}
-    overall = _block(list(scores), "all", seed)
+    overall = _block(list(scores), "all", seed, estimates=len(blocks) == 1)
     if len(blocks) > 1:
         overall["unit"] = "mixed"
         for name, *columns in _RATES:
@@ -201,7 +201,8 @@ def summarise(scores: Sequence[dict], seed: int = 0, normalizer: str = "fair") -
         for name in _SIMILARITIES:
             groups = {code: _values(rows, name) for code, rows in sorted(by_language.items())}
             if groups := {code: values for code, values in groups.items() if values[0]}:
-                overall[name] = stats.macro(groups, seed).as_dict() | {"n": overall[name]["n"]}
+                count = sum(len(values[0]) for values in groups.values())
+                overall[name] = stats.macro(groups, seed).as_dict() | {"n": count}
     overall["error_by_take"] = _by_take(by_language)
     _add_published(overall, blocks, by_language, normalizer)
     return {"overall": overall, "languages": blocks}
@@ -261,7 +262,8 @@ _RATES = (
 )
 
 
-def _block(rows: list[dict], label: str, seed: int) -> dict:
+def _block(rows: list[dict], label: str, seed: int, estimates: bool = True) -> dict:
+    """Counts, medians and, if asked for, rates and similarities with intervals of these clips."""
     failures = Counter(row["failure"] for row in rows if row["failure"])
     judged = [row for row in rows if row.get("units")]
     valid = [row for row in judged if not row["failure"]]
@@ -280,7 +282,7 @@ def _block(rows: list[dict], label: str, seed: int) -> dict:
         numerators, denominators, clusters = _columns(rows, *columns)
         block[name] = (
             stats.ratio(numerators, denominators, clusters, label, seed).as_dict()
-            if numerators
+            if numerators and estimates
             else None
         )
     units = sum(row["units"] for row in valid)
@@ -294,7 +296,7 @@ def _block(rows: list[dict], label: str, seed: int) -> dict:
     for name in _SIMILARITIES:
         values = _values(rows, name)
         block[name] = None
-        if values[0]:
+        if values[0] and estimates:
             cosines, _, clusters = values
             block[name] = stats.mean(cosines, clusters, label, seed).as_dict() | {"n": len(cosines)}
     for name in SOUND_MEASURES:

@@ -57,9 +57,11 @@ def paired_differences(pairs: Sequence[Pair], metric: str, seed: int = 0) -> dic
     texts_apart, on which the runs differ at all. Clips for which one of the runs has no value are
     left out; None if all are.
     """
-    sums = {}
-    for code in sorted({two["language"] for _, two in pairs}):
-        both = _sums([pair for pair in pairs if pair[1]["language"] == code], metric)
+    sums, by_language = {}, {}
+    for pair in pairs:
+        by_language.setdefault(pair[1]["language"], []).append(pair)
+    for code in sorted(by_language):
+        both = _sums(by_language[code], metric)
         if both is not None:
             sums[code] = both
     if not sums:
