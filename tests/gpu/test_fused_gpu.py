@@ -1,0 +1,87 @@
+"""Fused blocks on a GPU: every kind of attention, compiled or not, against fp32 on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from higgs_lab.adapter import attach_lora
+from higgs_lab.attention import Documents, _varlen_call, varlen_available
+from higgs_lab.batches import pack
+from higgs_lab.fused import CHECKPOINTING, fuse
+from tests.tiny import three_examples, tiny_talker
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+WEIGHTS = torch.ones(8)
+
+
+def model(way: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    talker = tiny_talker(scale=4, head_dim=64)
+    if way == "full":
+        return talker.to(device).train().requires_grad_(True)
+    made = attach_lora(talker, rank=4, alpha=8)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    made.base_model.model.to(dtype)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return made.to(device).train()
+
+
+def step(made, batch, device) -> tuple[float, dict]:
+    device = torch.device(device)
+    targets = batch.targets(WEIGHTS).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        out = made(**batch.to(device).inputs(), targets=targets)
+    (out.loss / 100).backward()
+    grads = {n: p.grad.float().cpu() for n, p in made.named_parameters() if p.grad is not None}
+    return out.loss.item(), grads
+
+
+@pytest.mark.parametrize("kind", ["varlen", "flex", "sdpa"])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_every_way_is_near_fp32(way, compile, kind):
+    if kind == "varlen" and not varlen_available(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("no varlen kernel here")
+    torch._dynamo.reset()
+    batch = pack(three_examples(), 384)
+    reference = model(way, "cpu", torch.float32)
+    fuse(reference, "split")
+    wanted = step(reference, batch, "cpu")
+    for checkpointing in CHECKPOINTING if not compile else ("full",):
+        made = model(way, "cuda", torch.bfloat16)
+        fuse(made, kind, checkpointing, compile, torch.bfloat16)
+        found = step(made, batch, "cuda")
+        assert abs(found[0] / wanted[0] - 1) < 0.03
+        assert found[1].keys() == wanted[1].keys()
+        for name, grad in wanted[1].items():
+            cosine = torch.cosine_similarity(found[1][name].flatten(), grad.flatten(), 0)
+            assert cosine > 0.95, (name, float(cosine))
+
+
+def test_varlen_takes_grouped_heads_and_gives_sdpas_gradients():
+    device = torch.device("cuda")
+    if not varlen_available(device, torch.bfloat16):
+        pytest.skip("no varlen kernel here")
+    print("grouped:", _varlen_call(device)[1])
+    cu = torch.tensor([0, 300, 301, 700], dtype=torch.int32, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    found = []
+    base = [
+        torch.randn(700, h, 128, generator=generator, device=device, dtype=torch.bfloat16)
+        for h in (8, 2, 2)
+    ]
+    for kind in ("varlen", "sdpa"):
+        leaves = [t.clone().requires_grad_() for t in base]
+        out = Documents.of(kind, cu, 399, 700).attend(*leaves)
+        out.float().square().sum().backward()
+        found.append([out.detach(), *(t.grad for t in leaves)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).float().norm() < 0.02 * b.float().norm()
