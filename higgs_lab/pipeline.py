@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ def speak_each(
 
     precision: of the codec. decode_together: clips in a batch of the codec; the last are fewer.
     """
-    stream = torch.cuda.Stream(codec.device) if codec.device.type == "cuda" else None
+    stream = _side_stream(codec.device) if codec.device.type == "cuda" else None
 
     def decode(part: list[tuple[int, Generation]]) -> list[Spoken]:
         with torch.cuda.stream(stream):  # None: the thread's own; on a CPU nothing
@@ -54,3 +55,9 @@ def speak_each(
             under_way.append(pool.submit(decode, ready))
         while under_way:
             yield from under_way.popleft().result()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all calls: the allocator keeps freed memory for the stream that it was used on."""
+    return torch.cuda.Stream(device)

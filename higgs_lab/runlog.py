@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _PACKAGES = ("torch", "torchaudio", "transformers", "accelerate", "peft", "datasets")
@@ -42,8 +42,13 @@ class RunLog:
 
     def log(self, **values) -> None:
         """Append one line, such as log(step=3, loss=2.5). Raises OSError on a full disk."""
+        self.log_all([values])
+
+    def log_all(self, rows: Iterable[dict]) -> None:
+        """Append lines in one write, so that a kill hardly ever leaves some of them only."""
+        lines = [json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows]
         with _explain_disk_full(self.path):
-            self._file.write(json.dumps(_plain(values), ensure_ascii=False) + "\n")
+            self._file.write("".join(lines))
             self._file.flush()
 
     def rows(self) -> list[dict]:

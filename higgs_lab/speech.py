@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from higgs_lab import pipeline
 from higgs_lab.checkpoint import Checkpoint, load_talker, resolve_checkpoint
 from higgs_lab.codec import Codec
-from higgs_lab.generate import Generation, Sampling, generate
-from higgs_lab.prompt import render_prompt
+from higgs_lab.generate import Generation, Sampling
+from higgs_lab.prompt import Prompt, render_prompt
 from higgs_lab.talker import Talker
 from higgs_lab.text import join_waves, max_frames_for, split_text
 from higgs_lab.vocab import Vocab
 
 Reference = str | Path | np.ndarray | Tensor | None
+Job = tuple[int, int]  # a text and one of its chunks
+Spoken = tuple[int, np.ndarray, "SpeechInfo"]
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Higgs:
         batch_size: int = 16,
         max_chars: int | None = None,
     ):
-        """Speak a text, or a list of texts in batches.
+        """Speak a text, or a list of texts, batch_size of them at a time.
 
         ref_audio: the voice to clone, a file, a float wave [n] at 24 kHz or codes [T, K]; a list
         gives each text its own. ref_text: its exact transcript. A long text is split at sentence
@@ -77,72 +80,111 @@ class Higgs:
         Returns (wav float32 [n] at 24 kHz, SpeechInfo), or a list of such pairs for a list.
         Raises ValueError for empty texts, control tokens in the text, unreadable references.
         """
-        single = isinstance(text, str)
-        texts = [text] if single else list(text)
+        texts = [text] if isinstance(text, str) else list(text)
+        each = self.speak_each(texts, ref_audio, ref_text, sampling, seed, batch_size, max_chars)
+        found = {i: (wav, info) for i, wav, info in each}
+        return found[0] if isinstance(text, str) else [found[i] for i in range(len(texts))]
+
+    def speak_each(
+        self,
+        texts: Sequence[str],
+        ref_audio: Reference | Sequence[Reference] = None,
+        ref_text: str | None | Sequence[str | None] = None,
+        sampling: Sampling | None = None,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int = 16,
+        max_chars: int | None = None,
+    ) -> Iterator[Spoken]:
+        """(index, wav, SpeechInfo) of each text as `speak` gives it, soon after it has ended.
+
+        A text that has ended makes room for one that waits, and the codec decodes while the rest is
+        generated. What `speak` refuses is refused at the call, before anything is spoken.
+        """
         sampling = sampling or Sampling()
         per_text = _spread(ref_audio, len(texts), "ref_audio", (list, tuple))
         per_ref_text = _spread(ref_text, len(texts), "ref_text", (list, tuple))
         seeds = _spread(sampling.seed if seed is None else seed, len(texts), "seed", (list, tuple))
         known: dict[int, Tensor | None] = {}  # the same reference object is encoded once
-        references = []
-        for ref in per_text:
+        voices = []
+        for ref, said in zip(per_text, per_ref_text, strict=True):
             key = hash(ref) if isinstance(ref, (str, Path)) else id(ref)
             if key not in known:
                 known[key] = self.encode_reference(ref)
-            references.append(known[key])
+            voices.append((known[key], said))
         options = {} if max_chars is None else {"max_chars": max_chars}
         chunks = []
         for one in texts:
             self.vocab.encode(one)  # refuses bad text before any of it is spoken
             chunks.append(split_text(one, **options))
-        voices = [(ref, said) for ref, said in zip(references, per_ref_text, strict=True)]
-        done: dict[tuple[int, int], Generation] = {}
-        # First each text's first chunk, which may become the voice of the rest; then the rest.
-        first = [(i, 0) for i in range(len(texts))]
-        rest = [(i, j) for i in range(len(texts)) for j in range(1, len(chunks[i]))]
-        for jobs in (first, rest):
-            for start in range(0, len(jobs), batch_size):
-                part = jobs[start : start + batch_size]
-                prompts, settings = [], []
-                for i, j in part:
-                    ref, said = voices[i]
-                    if ref is None and j > 0 and len(done[i, 0].codes):
-                        ref, said = done[i, 0].codes, chunks[i][0]
-                    prompts.append(render_prompt(self.vocab, chunks[i][j], ref, said))
-                    cap = max_frames_for(chunks[i][j], self.vocab.frame_rate_hz)
-                    settings.append(
-                        replace(
-                            sampling,
-                            seed=int(seeds[i]) + 1_000_003 * j,
-                            max_frames=min(sampling.max_frames, cap),
-                        )
-                    )
-                for job, result in zip(part, generate(self.talker, prompts, settings), strict=True):
-                    done[job] = result
-        order = [*first, *rest]
-        decoded = self.codec.decode_batch([done[job].codes for job in order])
-        waves = dict(zip(order, decoded, strict=True))
-        results = []
-        for i, parts in enumerate(chunks):
-            pieces = [done[i, j] for j in range(len(parts))]
-            wav = join_waves([waves[i, j] for j in range(len(parts))], self.sample_rate_hz)
-            codes = torch.cat([piece.codes for piece in pieces])
-            capped = any(piece.stop_reason != "eoc" for piece in pieces)
-            results.append(
-                (
-                    wav,
-                    SpeechInfo(
-                        codes=codes,
-                        stop_reason="max_frames" if capped else "eoc",
-                        seconds=len(wav) / self.sample_rate_hz,
-                        frames=len(codes),
-                        seed=int(seeds[i]),
-                        chunks=list(parts),
-                        generations=pieces,
-                    ),
-                )
+
+        def request(job: Job, ref: Tensor | None, said: str | None) -> tuple[Prompt, Sampling]:
+            i, j = job
+            cap = max_frames_for(chunks[i][j], self.vocab.frame_rate_hz)
+            own = replace(
+                sampling,
+                seed=int(seeds[i]) + 1_000_003 * j,
+                max_frames=min(sampling.max_frames, cap),
             )
-        return results[0] if single else results
+            return render_prompt(self.vocab, chunks[i][j], ref, said), own
+
+        # Without a reference a text's first chunk becomes the voice of the rest, which so waits.
+        jobs = [(i, j) for i, parts in enumerate(chunks) for j in range(len(parts))]
+        later = [(i, j) for i, j in jobs if j > 0 and voices[i][0] is None]
+        waits = set(later)
+        first = {job: request(job, *voices[job[0]]) for job in jobs if job not in waits}
+
+        def spoken() -> Iterator[Spoken]:
+            done: dict[Job, tuple[Generation, np.ndarray]] = {}
+            yield from self._finish(first, done, chunks, seeds, batch_size)
+            rest = {}
+            for i, j in later:
+                lent = done[i, 0][0].codes
+                voice = (lent, chunks[i][0]) if len(lent) else voices[i]
+                rest[i, j] = request((i, j), *voice)
+            yield from self._finish(rest, done, chunks, seeds, batch_size)
+
+        return spoken()
+
+    def _finish(
+        self,
+        requests: dict[Job, tuple[Prompt, Sampling]],
+        done: dict[Job, tuple[Generation, np.ndarray]],
+        chunks: list[list[str]],
+        seeds: list[int],
+        batch_size: int,
+    ) -> Iterator[Spoken]:
+        """Speak chunks, put them into `done`, and yield the texts of which none is missing."""
+        if not requests:
+            return
+        jobs = list(requests)
+        prompts, settings = zip(*requests.values(), strict=True)
+        for n, *made in pipeline.speak_each(self.talker, self.codec, prompts, settings, batch_size):
+            done[jobs[n]] = tuple(made)
+            i = jobs[n][0]
+            whole = [(i, j) for j in range(len(chunks[i]))]
+            if all(job in done for job in whole):
+                pieces, waves = zip(*(done.pop(job) for job in whole), strict=True)
+                yield i, *self._join(pieces, waves, chunks[i], int(seeds[i]))
+
+    def _join(
+        self,
+        pieces: Sequence[Generation],
+        waves: Sequence[np.ndarray],
+        chunks: list[str],
+        seed: int,
+    ) -> tuple[np.ndarray, SpeechInfo]:
+        wav = join_waves(list(waves), self.sample_rate_hz)
+        codes = torch.cat([piece.codes for piece in pieces])
+        capped = any(piece.stop_reason != "eoc" for piece in pieces)
+        return wav, SpeechInfo(
+            codes=codes,
+            stop_reason="max_frames" if capped else "eoc",
+            seconds=len(wav) / self.sample_rate_hz,
+            frames=len(codes),
+            seed=seed,
+            chunks=list(chunks),
+            generations=list(pieces),
+        )
 
 
 def _spread(value, count: int, name: str, many: tuple[type, ...]) -> list:

@@ -11,7 +11,7 @@ started again it goes on where it stopped, with the same result; other settings 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 # Both serving engines take references of 1 to 30 s (vllm-omni serving_speech.py).
 REF_MIN_SEC, REF_MAX_SEC = 1.0, 30.0
 SETTINGS = "settings.json"
+BATCHES_PER_WINDOW = 8  # spoken in one go, the next take beginning where one ends; lost by a kill
 
 
 @dataclass
@@ -101,23 +102,25 @@ def main(config: SynthesizeConfig) -> Path:
     file = out / "speech.jsonl"
     spoken = {row["key"]: row for row in read_jsonl(file)} if file.is_file() else {}
     done = {key for key, row in spoken.items() if _is_there(row, out)}
-    # Takes of similar length share a batch, so that none waits long for another. A batch that
-    # was cut short is spoken again as a whole: its rounding depends on who is in it.
+    # Takes of similar length go together. What is missing is cut anew, so that a run that was
+    # killed goes on with the same windows: a take's rounding depends on who is spoken beside it.
     ordered = sorted(takes, key=lambda take: (speech_units(take.row.text), take.stem))
-    size = config.batch_size
-    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    todo = [batch for batch in batches if any(take.key not in done for take in batch)]
-    if todo:
+    todo = [take for take in ordered if take.key not in done]
+    size = BATCHES_PER_WINDOW * config.batch_size
+    windows = [todo[i : i + size] for i in range(0, len(todo), size)]
+    if windows:
         higgs = higgs_lab.load(config.model, config.adapter, config.device, config.dtype)
         _record(out, settings, config, checkpoint)  # what cannot be loaded leaves no folder
         references: dict[str, Tensor] = {}
-        start = len(takes) - sum(map(len, todo))
+        start = len(takes) - len(todo)
         with RunLog(file) as log, Progress(len(takes), "texts", "speak", start=start) as bar:
-            for batch in todo:
-                for record in speak(higgs, batch, sampling, config.max_chars, out, references):
-                    log.log(**record)
-                    spoken[record["key"]] = record
-                bar.update(len(batch))
+            for window in windows:
+                records = []
+                for record in speak(higgs, window, sampling, config, out, references):
+                    records.append(record)
+                    bar.update()
+                log.log_all(records)  # together: a window that is cut short is spoken anew
+                spoken |= {record["key"]: record for record in records}
     return _write_results(takes, [spoken[take.key] for take in takes], out)
 
 
@@ -185,36 +188,34 @@ def sampling_of(config: SynthesizeConfig) -> "Sampling":
 
 def speak(
     higgs: "Higgs",
-    batch: list[Take],
+    takes: list[Take],
     sampling: "Sampling",
-    max_chars: int,
+    config: SynthesizeConfig,
     out: Path,
     references: dict[str, "Tensor"],
-) -> list[dict]:
-    """Speak one batch and write its wavs; returns what to log of each.
+) -> Iterator[dict]:
+    """Speak takes and write each one's wav as soon as it has ended; yields what to log of it.
 
     references: codes of reference clips, filled as they are met, so that each is encoded once.
     A take without a single frame has no wav and `audio` None: the model stopped at once.
     """
-    results = higgs.speak(
-        [take.row.text for take in batch],
-        ref_audio=[_reference(higgs, take.row.ref_audio, references) for take in batch],
-        ref_text=[take.row.ref_text for take in batch],
+    for i, wav, info in higgs.speak_each(
+        [take.row.text for take in takes],
+        ref_audio=[_reference(higgs, take.row.ref_audio, references) for take in takes],
+        ref_text=[take.row.ref_text for take in takes],
         sampling=sampling,
-        seed=[take.seed for take in batch],
-        batch_size=len(batch),
-        max_chars=max_chars,
-    )
-    records = []
-    for take, (wav, info) in zip(batch, results, strict=True):
+        seed=[take.seed for take in takes],
+        batch_size=config.batch_size,
+        max_chars=config.max_chars,
+    ):
+        take = takes[i]
         record = {"key": take.key, "id": take.row.id, "seed": take.seed}
         record |= {"stop_reason": info.stop_reason, "frames": info.frames}
         record |= {"seconds": round(info.seconds, 3), "chunks": len(info.chunks), "audio": None}
         if len(wav):
             record["audio"] = f"wavs/{take.stem}.wav"
             write_wav(out / record["audio"], wav, higgs.sample_rate_hz)
-        records.append(record)
-    return records
+        yield record
 
 
 def _reference(

@@ -125,11 +125,25 @@ def test_trap22_a_runaway_is_cut_by_the_length_of_its_text(higgs):
     assert info.frames == max_frames_for("Hi.", 25.0) < 200
 
 
+def test_each_text_comes_when_it_has_ended(higgs):
+    """Not when all have: a short text does not wait for the chunks of a long one before it."""
+    texts = [LONG, "One.", "Two.", LONG]
+    refs, seeds = [None, None, random_codes(30), random_codes(30)], [1, 2, 3, 4]
+    options = dict(sampling=FEW, seed=seeds, batch_size=2, max_chars=80)
+    each = list(higgs.speak_each(texts, refs, **options))
+    assert sorted(i for i, _, _ in each) == [0, 1, 2, 3]
+    assert each[-1][0] == 0  # its later chunks waited for the voice of the first
+    for i, wav, info in each:
+        alone, its_info = higgs.speak(texts[i], refs[i], None, FEW, seeds[i], max_chars=80)
+        assert torch.equal(info.codes, its_info.codes) and info.chunks == its_info.chunks
+        np.testing.assert_allclose(wav, alone, atol=2e-5)
+
+
 @pytest.mark.parametrize("bad", ["", "   ", "a<|audio|>b", "<|emotion:joy|>Hi."])
 def test_bad_text_is_refused_before_anything_is_spoken(higgs, monkeypatch, bad):
-    monkeypatch.setattr("higgs_lab.speech.generate", None)  # speaking at all would fail
+    monkeypatch.setattr("higgs_lab.pipeline.generate_each", None)  # speaking at all would fail
     with pytest.raises(ValueError, match="text"):
-        higgs.speak(["Good.", bad])
+        higgs.speak_each(["Good.", bad])
 
 
 def test_lists_must_be_as_long_as_the_texts(higgs):
