@@ -146,7 +146,12 @@ def recognizer_title(details: dict) -> str:
     if details["name"].startswith("worker:"):
         name = details["package"]
     inside = ", ".join(details[key] for key in ("package", "precision") if details[key] != name)
-    return f"{name}@{details['revision'][:8]} ({inside})"
+    return f"{name}@{short_revision(details['revision'])} ({inside})"
+
+
+def short_revision(revision: str) -> str:
+    """Eight digits of a hash; what a worker calls its revision stays whole."""
+    return revision[:8] if re.fullmatch(r"[0-9a-f]{9,}", revision) else revision
 
 
 def parse_spec(spec: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ expect spelling errors where Whisper would know the word.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from eval.asr import SAMPLE_RATE_HZ, Recognizer, Transcript, compression_ratio
 from eval.languages import language
+from higgs_lab.runlog import files_hash
 
 DEFAULT = "facebook/mms-1b-all"
 BATCH_SEC = 320.0  # of padded sound at once on a GPU
@@ -182,11 +182,5 @@ def _resolve(source: str, spec: str) -> tuple[str, str | None, str | None]:
 
 
 def _hash(folder: Path) -> str:
-    """First 16 hex digits of a sha256 over the model's files, names included."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin") and path.is_file():
-            digest.update(path.name.encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    suffixes = (".json", ".safetensors", ".bin")
+    return files_hash((p for p in folder.iterdir() if p.suffix in suffixes), folder)

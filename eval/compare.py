@@ -50,6 +50,12 @@ def compare(*runs: str | Path, seed: int = 0) -> dict:
         if _value(configs[0], "set.references") != _value(config, "set.references"):
             notes.append(f"{name} had other references than A: similarity to them is left out")
             metrics = [metric for metric in metrics if metric != "sim_ref"]
+        if _value(configs[0], "set.recordings") != _value(config, "set.recordings"):
+            notes.append(
+                f"{name} had other recordings of the speakers than A: what is measured against "
+                "them (similarity to speaker, duration ratio) is left out"
+            )
+            metrics = [m for m in metrics if m not in ("sim_target", "duration_ratio")]
         for key in ("seed", "takes"):
             if configs[0][key] != config[key]:
                 notes.append(f"{key}: {configs[0][key]} in A, {config[key]} in {name}")

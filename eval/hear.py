@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import metrics
+from eval.acoustics import AudioFacts
 from eval.asr import free_memory, load_recognizer, recognizer_details, together
 from eval.pace import Pace
 from eval.stages import HEAR_SEC, JUDGE_HZ, read_clip
@@ -34,7 +35,7 @@ def hear(
     """Stage 2. What the recogniser wrote; heard=False where it does not know the language."""
     if asr == "none":
         return {}
-    languages = {row.id: row.language for row in rows}
+    languages, texts = {row.id: row.language for row in rows}, {row.id: row.text for row in rows}
     details = recognizer_details(asr, fp16, set(languages.values()))
 
     def judged_by(lang: str) -> dict:
@@ -43,6 +44,12 @@ def hear(
     def length(key: tuple) -> float:
         return (speech[key]["audio_facts"] or {}).get("seconds", 0.0)
 
+    def most_sec(key: tuple) -> float:
+        """A runaway is not heard to its end; it fails anyway."""
+        human = speech[key]["human"]
+        human = AudioFacts(**human) if human else None
+        return max(HEAR_SEC, metrics.runaway_sec(texts[key[0]], human))
+
     # By recogniser, and clips of about one length together: they end at about the same step.
     order = sorted(speech, key=lambda k: (together(asr, languages[k[0]]), -length(k), k))
     recognizer = None
@@ -50,21 +57,27 @@ def hear(
         ledger = stack.enter_context(Ledger(out / "transcripts.jsonl"))
         pace = stack.enter_context(Pace(cache, "hear", asr, device))
         caches: dict[str, Cache] = {}
+
+        def kept_by(lang: str) -> Cache:
+            """One cache for all languages of one judge: it is read whole."""
+            judge = judged_by(lang)
+            if (name := repr(judge)) not in caches:
+                kept = Cache(cache, "heard", judge, ("sha256", "language"))
+                caches[name] = stack.enter_context(kept)
+            return caches[name]
+
         for batch in ledger.claim(chunks(order, BATCH if _on_gpu(device) else CPU_BATCH), "hear"):
             found: dict[tuple, dict] = {}
             for key in batch:
                 lang = languages[key[0]]
-                if lang not in caches:
-                    kept = Cache(cache, "heard", judged_by(lang), ("sha256", "language"))
-                    caches[lang] = stack.enter_context(kept)
-                if (known := caches[lang].get(speech[key]["sha256"], lang)) is not None:
+                if (known := kept_by(lang).get(speech[key]["sha256"], lang)) is not None:
                     found[key] = known
             todo = [key for key in batch if key not in found]
             if todo and recognizer is None:
                 recognizer = load_recognizer(asr, device, fp16)
                 stack.callback(recognizer.close)
             audible = [key for key in todo if _audible(speech[key])]
-            wavs = _read_all(out, [speech[key]["audio"] for key in audible])
+            wavs = _read_all(out, [(speech[key]["audio"], most_sec(key)) for key in audible])
             langs = [languages[key[0]] for key in audible]
             if audible:
                 with pace.measured() as sounds:
@@ -74,9 +87,10 @@ def hear(
                     lang = languages[key[0]]
                     found[key] = {"heard": transcript is not None, "text": ""}
                     found[key] |= transcript.as_dict() if transcript else {}
-                    if not found[key].get("error"):  # it may go better another time
+                    # An error may not come again; how much of a runaway is heard is its text's.
+                    if not found[key].get("error") and length(key) <= most_sec(key):
                         row = {"sha256": speech[key]["sha256"], "language": lang} | found[key]
-                        caches[lang].put([row])
+                        kept_by(lang).put([row])
             for key in todo:  # nothing to hear, so nothing is heard
                 if key not in found:
                     found[key] = {"heard": recognizer.hears(languages[key[0]]), "text": ""}
@@ -92,12 +106,15 @@ def _audible(clip: dict) -> bool:
     return bool(facts) and facts["active_sec"] >= metrics.ACTIVE_SEC
 
 
-def _read_all(out: Path, names: Sequence[str]) -> list[np.ndarray]:
-    def read(name: str) -> np.ndarray:
-        return read_clip(out, name, JUDGE_HZ)[: int(HEAR_SEC * JUDGE_HZ)]
+def _read_all(out: Path, clips: Sequence[tuple[str, float]]) -> list[np.ndarray]:
+    """Clips by name, each up to so many seconds."""
+
+    def read(clip: tuple[str, float]) -> np.ndarray:
+        name, most_sec = clip
+        return read_clip(out, name, JUDGE_HZ)[: int(most_sec * JUDGE_HZ)]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(read, names))
+        return list(pool.map(read, clips))
 
 
 def _on_gpu(device: str | None) -> bool:

@@ -20,7 +20,7 @@ from eval.protocols import PROTOCOLS, published_rate
 from higgs_lab.tags import strip_tags
 from higgs_lab.text import speech_units
 
-METRICS_VERSION = "2"
+METRICS_VERSION = "3"
 
 FAILURES = ("missing", "empty", "silent", "runaway", "loop", "wrong_language")
 EMPTY_SEC = 0.2  # shorter clips hold no word
@@ -84,6 +84,11 @@ def expected_sec(text: str) -> float:
     return 1.0 + SEC_PER_UNIT * speech_units(text)
 
 
+def runaway_sec(text: str, human: AudioFacts | None) -> float:
+    """Duration above which a clip of this text is a runaway."""
+    return RUNAWAY_FACTOR * max(expected_sec(text), human.seconds if human else 0)
+
+
 def loops(hypothesis: Sequence[str], reference: Sequence[str]) -> bool:
     """Whether some block of units repeats over and over where the reference's does not."""
     for size in range(1, min(LOOP_MAX_UNITS, len(hypothesis) // LOOP_REPEATS) + 1):
@@ -126,7 +131,6 @@ def score_clip(
             "of the set"
         )
     unit, transcript = error_unit(lang, normalizer), transcript or {}
-    limit_sec = RUNAWAY_FACTOR * max(expected_sec(text), human.seconds if human else 0)
     failure = None
     if no_baseline:
         audio = hypothesis = None
@@ -136,7 +140,7 @@ def score_clip(
         failure = "empty"
     elif audio.active_sec < ACTIVE_SEC:
         failure = "silent"
-    elif hit_cap or audio.seconds > limit_sec:
+    elif hit_cap or audio.seconds > runaway_sec(text, human):
         failure = "runaway"
     score: dict = {"unit": unit, "reference": reference, "failure": failure}
     score |= {"no_baseline": no_baseline, "guessed": transcript.get("guessed")}
@@ -150,7 +154,8 @@ def score_clip(
             compact = without_spaces(reference, lang), without_spaces(heard, lang)
         by_char = char_errors(*compact)
         by_unit = word_errors(reference, heard) if unit == "word" else by_char
-        split = str.split if unit == "word" else list
+        # By words wherever there are any: letters repeat in "1000000", and a block is short.
+        split = str.split if language(lang).unit == "word" else list
         if failure is None and loops(split(compact[1]), split(compact[0])):
             failure = "loop"
         elif failure is None and _other_language(transcript, lang):

@@ -129,7 +129,15 @@ def notes(summary: dict) -> list[str]:
             f"recogniser-limited: {', '.join(limited)}; it errs above {100 * FLOOR_LIMIT:.0f} % on "
             "the human recordings there, so read the excess, not the error"
         )
-    if not floor and overall["error_valid"] and overall["error_valid"]["value"] > 0.5:
+    if config["system"].get("kind") == "human":
+        limited = [c for c, b in languages.items() if (b["error"] or _NONE)["value"] > FLOOR_LIMIT]
+        if limited:
+            lines.append(
+                f"the recogniser errs above {100 * FLOOR_LIMIT:.0f} % on these recordings in "
+                f"{', '.join(limited)}: look at the worst clips (are the texts theirs?), and at "
+                "another --asr"
+            )
+    elif not floor and overall["error_valid"] and overall["error_valid"]["value"] > 0.5:
         lines.append(
             "more than half the words are wrong: is it the voice or the recogniser? Run --model "
             "human on this set and give that run as --floor"

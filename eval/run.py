@@ -143,6 +143,7 @@ def settings(
             "revision": test_set.revision,
             "rows": len(test_set.rows),
             "references": test_set.reference_revision,
+            "recordings": test_set.recording_revision,
         },
         "seed": seed,
         "takes": takes,
@@ -169,6 +170,8 @@ def _check_config(path: Path, config: dict) -> None:
     if not path.exists():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if config["system"].get("serves", "") is None:  # a server that is down: `start` refuses it
+        config["system"]["serves"] = before["system"].get("serves")
     apart = differences(before, yaml.safe_load(yaml.safe_dump(config)))
     if apart:
         listed = "\n".join(f"  {name}: was {old!r}, now {new!r}" for name, old, new in apart)

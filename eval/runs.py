@@ -21,8 +21,9 @@ def read_summary(run: str | Path) -> dict:
 
 
 def read_scores(run: str | Path) -> list[dict]:
-    """scores.jsonl of a finished run."""
-    return list(read_jsonl(Path(run) / "scores.jsonl"))
+    """scores.jsonl of a finished run, in one order whoever wrote which part of it."""
+    rows = read_jsonl(Path(run) / "scores.jsonl")
+    return sorted(rows, key=lambda row: (row["take"], row["id"]))
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:

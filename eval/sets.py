@@ -8,6 +8,7 @@ has its text: a model could then copy the answer.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -22,6 +23,7 @@ from higgs_lab.corpora import open_data
 from higgs_lab.manifest import Utterance, read_manifest
 from higgs_lab.tags import check_text, strip_tags
 
+SAMPLED_BYTES = 1 << 16  # of each recording, to tell it from another of its name
 REFERENCE_CHOICES = ("auto", "manifest", "speaker", "none")
 
 
@@ -39,11 +41,18 @@ class EvalSet:
         keys = [(row.id, row.text, row.language, row.speaker) for row in self.rows]
         return _hash(keys)
 
-    @property
+    @functools.cached_property
     def reference_revision(self) -> str:
         """Hash of the references given to the system."""
-        keys = [(row.id, _name(row.ref_audio), row.ref_text) for row in self.rows]
-        return _hash(keys)
+        return _hash([(row.id, _sampled(row.ref_audio), row.ref_text) for row in self.rows])
+
+    @functools.cached_property
+    def recording_revision(self) -> str:
+        """Hash of the set's own recordings: the human row, and what durations and voices are held
+        against."""
+        own = [(row.id, _sampled(row.audio)) for row in self.rows]
+        voices = [[s, *(_sampled(row.audio) for row in rows)] for s, rows in self.voices.items()]
+        return _hash([own, voices])
 
 
 def load_set(
@@ -222,8 +231,20 @@ def _words(text: str, row: Utterance) -> str:
     return normalize(strip_tags(text), row.language)
 
 
-def _name(audio) -> str | None:
-    return None if audio is None else audio.name
+def _sampled(audio) -> list | None:
+    """Size of a clip and a hash of its middle: what is recorded anew under an old name differs.
+
+    Reading whole sets before anything is said would take minutes.
+    """
+    if audio is None:
+        return None
+    try:
+        with audio.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size // 2 - SAMPLED_BYTES // 2))
+            return [size, hashlib.sha256(file.read(SAMPLED_BYTES)).hexdigest()[:16]]
+    except (OSError, ValueError):  # the clip's own failure later
+        return [0, ""]
 
 
 def _hash(value: object) -> str:

@@ -8,7 +8,6 @@ another (`check_independent`): the first would find its own choice good.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from higgs_lab.nano.judges import forget_redirects
+from higgs_lab.runlog import files_hash
 
 SAMPLE_RATE_HZ = 16000
 _MODEL_FILES = (".yaml", ".ckpt", ".txt", ".json", ".safetensors", ".bin")
@@ -175,11 +175,4 @@ def _resolve(spec: str) -> tuple[Path, str]:
 
 
 def _hash(folder: Path) -> str:
-    """First 16 hex digits of a sha256 over the model files, names included."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _MODEL_FILES and file.is_file():
-            digest.update(file.name.encode() + b"\0")
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return files_hash((p for p in folder.iterdir() if p.suffix in _MODEL_FILES), folder)

@@ -30,7 +30,7 @@ from higgs_lab.text import speech_units
 if TYPE_CHECKING:
     from eval.voices import Voices
 
-HEAR_SEC = 120.0  # of a runaway clip; it fails anyway, this is for the reader of the report
+HEAR_SEC = 120.0  # of a runaway clip at least: it fails anyway; of a voice at most
 JUDGE_HZ = 16000
 SCORE_BATCH = 256
 
@@ -62,7 +62,9 @@ def speak(
                 return entry | {"human": facts_of_human(request.row)}
 
             with pace.measured() as sounds:
-                spoken = list(zip(batch, requests, say(requests), strict=True))
+                spoken = zip(batch, requests, say(requests), strict=True)
+                # Of a batch whose writer was killed some rows stand, and so must their files.
+                spoken = [one for one in spoken if one[0] not in ledger.rows]
                 with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                     entries = list(pool.map(lambda one: store(*one), spoken))
                 sounds += [e["audio_facts"]["seconds"] for e in entries if e["audio_facts"]]

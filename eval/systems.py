@@ -21,7 +21,7 @@ import numpy as np
 
 from eval.languages import language
 from higgs_lab.manifest import AUDIO_SUFFIXES, Utterance, file_stem
-from higgs_lab.runlog import fingerprint
+from higgs_lab.runlog import files_hash, fingerprint
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def _wavs(folder: Path) -> System:
     def speak(requests: Sequence[Request]) -> list[Spoken]:
         return [one(request.row.id) for request in requests]
 
-    details = {"kind": "wavs", "folder": folder.resolve().name}
+    # Folders of many runs are called "wavs", and one may be filled anew: what is in them counts.
+    details = {"kind": "wavs", "content": files_hash(found, folder)}
     return System(f"wavs:{folder.name}", details, lambda: speak, 16, random=False)
 
 
@@ -233,6 +234,7 @@ def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
 
     details = {"kind": "server", "dialect": dialect, "sampling": sampling}
     details["concurrency"] = concurrency  # servers have sounded different under load
+    details["serves"] = client.list_models(url, key)  # an address alone does not say who speaks
     return System(url, details, start, concurrency)
 
 

@@ -156,6 +156,16 @@ def remove_leftovers(folder: str | Path) -> None:
         _remove(leftover)
 
 
+def files_hash(files: Iterable[Path], folder: str | Path) -> str:
+    """Hash of files' names below `folder` and of their bytes, in any order (16 hex digits)."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(folder: str | Path) -> str:
     """Hash of a folder's configs whole and of its weight files in samples (16 hex digits).
 

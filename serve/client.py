@@ -303,6 +303,15 @@ def delete_voice(url: str, name: str, api_key: str | None = None) -> None:
         response.read()
 
 
+def list_models(url: str, api_key: str | None = None) -> list[str] | None:
+    """Names of the models that the server serves; None if it does not say, or does not answer."""
+    try:
+        with _open(_request(url, "/v1/models", api_key), 5) as response:
+            return sorted(str(model["id"]) for model in json.load(response)["data"])
+    except (ServerError, OSError, HTTPException, ValueError, KeyError, TypeError):
+        return None
+
+
 def is_healthy(url: str, timeout_sec: float = 5.0) -> bool:
     """Whether the server answers /health with 200."""
     try:

@@ -270,3 +270,13 @@ def test_titles_are_short_and_name_the_weights(talkative):
     assert recognizer_title(recognizer_details(str(talkative))).startswith("t.pt@")
     auto = recognizer_details(f"auto, whisper={talkative}", languages=["en"])
     assert recognizer_title(auto) == "auto" and auto["routes"]["en"].startswith("t.pt@")
+
+
+def test_a_workers_revision_stays_whole_so_that_two_are_told_apart():
+    """A title stands for its judge where several share a run, in caches and in comparisons."""
+    worker = {"name": "worker:x", "package": "whisper", "precision": "its own"}
+    first, second = (
+        recognizer_title(worker | {"revision": name}) for name in ("large-v3", "large-v3-turbo")
+    )
+    assert first != second and "large-v3-turbo" in second
+    assert "@e5b1a55b " in recognizer_title(worker | {"revision": "e5b1a55b89c1367d"})

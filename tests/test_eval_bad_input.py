@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -177,3 +178,64 @@ def test_a_server_that_dies_mid_run_is_gone_on_with_where_it_stopped(tmp_path, m
     assert sorted(Server.asked[len(before) :]) == sorted(
         text for text in texts if text not in before[:4]
     )
+
+
+def test_a_long_text_is_heard_to_its_end_and_a_runaway_is_not(tmp_path):
+    text = "a sentence of a long story that goes on and on " * 40  # about two minutes
+    for name, seconds in (("long", 150), ("runaway", 150)):
+        soundfile.write(tmp_path / f"{name}.wav", tone(seconds, 16000), 16000)
+    manifest(tmp_path, [{"text": text, "id": "long"}, {"text": "a word", "id": "runaway"}])
+    frames = "str(__import__('wave').open(request['audio']).getnframes() // 16000)"
+    go(tmp_path, worker(tmp_path, frames), "wavs:" + str(tmp_path))
+    heard = {row["id"]: row["text"] for row in stage(tmp_path, "transcripts")}
+    assert heard == {"long": "150", "runaway": "120"}
+
+
+def test_a_run_is_not_continued_with_another_prompt_of_the_same_name(tmp_path):
+    for name, seconds in (("a", 1.0), ("prompt", 1.5)):
+        soundfile.write(tmp_path / f"{name}.wav", tone(seconds), 24000)
+    manifest(tmp_path, [{"audio": "a.wav", "text": "one", "ref_audio": "prompt.wav"}])
+    go(tmp_path, "none")
+    soundfile.write(tmp_path / "prompt.wav", 0.5 * tone(1.5), 24000)
+    with pytest.raises(SystemExit, match="other settings:\n  set.references: was"):
+        go(tmp_path, "none")
+
+
+def test_a_finished_run_of_a_server_is_reported_again_when_that_is_down(tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.client.time.sleep", lambda seconds: None)
+    manifest(tmp_path, [{"text": "clip number one"}])
+    service = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    url, Server.left = f"http://127.0.0.1:{service.server_port}", 100
+    monkeypatch.setattr("serve.client.list_models", lambda *args: ["base"])
+    before = go(tmp_path, "none", url)
+    monkeypatch.setattr("serve.client.list_models", lambda *args: ["exports/x"])
+    with pytest.raises(SystemExit, match="system.serves: was \\['base'\\], now \\['exports/x'\\]"):
+        go(tmp_path, "none", url)
+    monkeypatch.undo()
+    service.shutdown()
+    service.server_close()
+    assert go(tmp_path, "none", url)["overall"] == before["overall"]
+
+
+def test_what_a_killed_writer_left_of_a_batch_keeps_its_sound(tmp_path):
+    """The batch is spoken again, by a server perhaps in other words: rows and files must agree."""
+    for id, rate in (("a", 24000), ("b", 16000)):
+        soundfile.write(tmp_path / f"{id}.wav", tone(1.0, rate), rate)
+    manifest(tmp_path, [{"text": "one", "id": "a"}, {"text": "two", "id": "b"}])
+    script = tmp_path / "speaker.py"
+    script.write_text(
+        "import sys, random, wave\n"
+        "with wave.open(sys.argv[1], 'wb') as file:\n"
+        "    file.setparams((1, 2, 24000, 0, 'NONE', ''))\n"
+        "    file.writeframes(random.randbytes(48000))\n"
+    )
+    speaker = f"cmd:{sys.executable} {script} {{out}} {{seed}}"
+    go(tmp_path, "none", speaker)
+    path = tmp_path / "out" / "speech.jsonl"
+    kept = path.read_text().splitlines()[0]
+    path.write_text(kept + "\n")
+    go(tmp_path, "none", speaker)
+    for row in stage(tmp_path, "speech"):
+        data = (tmp_path / "out" / row["audio"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == row["sha256"]

@@ -211,3 +211,14 @@ def test_over_languages_similarity_is_their_mean_and_each_take_has_its_error():
     assert overall["sim_target"]["value"] == pytest.approx(0.7) and overall["sim_target"]["n"] == 16
     assert overall["error_by_take"] == pytest.approx([0.5, 0.0])
     assert summarise([r for r in rows if r["take"]])["overall"]["error_by_take"] is None
+
+
+def test_a_loop_is_one_of_words_also_where_a_protocol_counts_characters():
+    def failure(text: str, heard: str, lang: str = "en") -> str | None:
+        normalizer = "omnivoice-fleurs"
+        return score_clip(text, heard, lang, normalizer=normalizer, audio=FINE)["failure"]
+
+    assert failure("it cost 10,000,000 pounds", "it cost 10000000 pounds") is None
+    again = " and the river is long"  # longer than a block of characters that is looked for
+    assert failure("and the river is long", "and the river is long" + 4 * again) == "loop"
+    assert failure("今天天气好", "今天天气好" + 4 * "天气好", "zh") == "loop"

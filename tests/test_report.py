@@ -179,8 +179,16 @@ def test_notes_tell_what_the_numbers_hide():
 def test_a_recogniser_that_may_be_deaf_is_not_passed_over():
     """Judges with random weights give 100 %: the page must not leave that to the voice."""
     wrong, right = scored("a", "one two", "x y"), scored("a", "one two", "one two")
-    assert any("--floor" in note for note in report.notes(finish([wrong])))
-    assert not any("--floor" in note for note in report.notes(finish([right])))
+
+    def advised(score: dict, kind: str) -> str:
+        notes = report.notes(finish([score], kind=kind))
+        return " | ".join(n for n in notes if "--floor" in n or "--asr" in n)
+
+    assert "give that run as --floor" in advised(wrong, "checkpoint")
+    # The human run is the floor: what it can be told is to look elsewhere.
+    assert "15 % on these recordings in en" in advised(wrong, "human")
+    assert "--floor" not in advised(wrong, "human")
+    assert advised(right, "checkpoint") == advised(right, "human") == ""
 
 
 def test_differences_name_the_setting_and_look_past_file_names():

@@ -136,3 +136,21 @@ def test_a_set_of_texts_alone_will_do(tmp_path):
 def test_split_chooses_rows(tmp_path):
     path = make_set(tmp_path, [("a", "one", None, {"split": "test"}), ("b", "two", None, {})])
     assert [row.id for row in load_set(path, split="test").rows] == ["a"]
+
+
+def test_a_recording_made_anew_under_its_old_name_is_another_one(tmp_path):
+    rows = [
+        ("a", "one", "s", {"ref_audio": "c.wav"}),
+        ("b", "two", "s", {}),
+        ("c", "three", "s", {}),
+    ]
+    path = make_set(tmp_path, rows)
+
+    def hashes() -> tuple[str, str, str]:
+        found = load_set(path)
+        return found.revision, found.reference_revision, found.recording_revision
+
+    before = hashes()
+    assert before == hashes()
+    write_wav(tmp_path / "c.wav", np.zeros(12000, dtype=np.float32) + 0.01, 24000)  # of one size
+    assert [old == new for old, new in zip(before, hashes(), strict=True)] == [True, False, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_wavs_are_found_by_id_also_in_folders_and_a_missing_one_is_told(tmp_path
         open_system(f"wavs:{tmp_path}/none")
     with pytest.raises(ValueError, match=f"write --model wavs:{tmp_path}"):
         open_system(str(tmp_path))
+
+
+def test_wavs_are_told_apart_by_what_they_hold_not_by_their_folder(tmp_path):
+    folders = [tmp_path / name / "wavs" for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        tone(folder, "1.wav")
+    one, two = (open_system(f"wavs:{folder}") for folder in folders)
+    assert one.name == two.name and one.details == two.details
+    write_wav(folders[1] / "1.wav", np.zeros(int(24000 * 1.2)), 24000)  # as long as before
+    assert open_system(f"wavs:{folders[1]}").details != one.details
 
 
 def test_options_that_a_system_would_ignore_are_refused():
@@ -107,9 +119,14 @@ class SpeechServer(BaseHTTPRequestHandler):
 
     asked: list = []
 
+    serves = "base"
+
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        if self.path == "/v1/models":
+            data = [{"id": self.serves, "object": "model", "created": time.time()}]
+            self.wfile.write(json.dumps({"object": "list", "data": data}).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -150,6 +167,14 @@ def test_server_gets_text_reference_and_seed_and_answers_in_order(server, tmp_pa
     assert all(body["ref_text"] == "Hm." and body["ref_audio"] for body in sent)
     assert sent[0]["extra_params"] == {"temperature": 0.5}
     assert system.details["concurrency"] == 3 and system.details["dialect"] == "vllm"
+
+
+def test_a_server_is_known_by_what_it_serves_not_by_its_address(server, monkeypatch):
+    before = open_system(server).details
+    assert before["serves"] == ["base"] and open_system(server).details == before
+    monkeypatch.setattr(SpeechServer, "serves", "exports/x")
+    assert open_system(server).details != before
+    assert open_system("http://127.0.0.1:9").details["serves"] is None  # nobody to ask
 
 
 def test_server_refusing_one_text_is_that_clips_failure(server):

@@ -17,10 +17,10 @@ def scored(id: str, text: str, heard: str | None, lang: str = "en", audio=FINE, 
     return row | score_clip(text, heard, lang, audio=audio) | more
 
 
-def finish(scores: list[dict], system: str = "a <b> system") -> dict:
+def finish(scores: list[dict], system: str = "a <b> system", kind: str = "human") -> dict:
     """The summary.json of such clips."""
     config = {
-        "system": {"name": system, "kind": "human"},
+        "system": {"name": system, "kind": kind},
         "set": {"name": "set.jsonl", "revision": "1"},
         "asr": {"name": "large-v3", "revision": "2"},
         "encoder": {"name": "org/ecapa", "revision": "0123456789"},
