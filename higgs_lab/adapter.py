@@ -189,6 +189,7 @@ def merge_lora(model: PeftModel) -> Talker:
             module.merge(safe_merge=True)
             base.to(dtype)
     talker = model.unload()
+    talker.fused = None  # its matrices hold the weights as they were, and the adapter beside them
     talker.codebooks.to(talker.model.embed_tokens.weight.dtype)  # a trained table is fp32
     return talker
 

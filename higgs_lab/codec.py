@@ -214,12 +214,16 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device):
-    """fp32: the reference, exact. tf32: its products in TF32 (CUDA). bf16: autocast, rest TF32."""
+    """fp32: the reference, exact. tf32: its products in TF32 (CUDA). bf16: autocast.
+
+    These flags are of the whole process, and compiled code of other threads is compiled anew when
+    matmul's changes; so bf16, which has no use for it, leaves that alone.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
     with exact_float32():
-        fast = precision != "fp32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             yield
 

@@ -107,9 +107,9 @@ def training_gib(
         state = 16 * lora
     D, F = shape.hidden, shape.feed_forward
     kept = {
-        # x, qkv, rotated q and k, attention, its sum, gate and up
-        "none": 2 * D + 2 * shape.qkv + 2 * shape.attended + 2 * F,
-        "selective": 2 * D + 2 * shape.qkv + 2 * shape.attended,
+        # x, the sum with attention, qkv, the same rotated, attention, gate and up
+        "none": 2 * D + 2 * shape.qkv + shape.attended + 2 * F,
+        "selective": 2 * D + 2 * shape.qkv + shape.attended,
         "full": 2 * D,
     }[checkpointing]
     activations = 2 * positions * shape.layers * kept

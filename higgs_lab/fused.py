@@ -92,11 +92,14 @@ class FusedBlocks:
         compile: bool,
         dtype: torch.dtype,
     ):
+        from peft.tuners.lora import LoraLayer
+
         config = talker.config
         self.attention, self.checkpointing, self.compiled = attention, checkpointing, compile
         self.head_dim, self.eps, self.dtype = config.head_dim, config.rms_norm_eps, dtype
         self.blocks = [_fuse_block(layer, dtype) for layer in talker.model.layers]
         self.norm = talker.model.norm.weight
+        self.lora = next((m for m in talker.modules() if isinstance(m, LoraLayer)), None)
         sites = [site for block in self.blocks for site in block.sites()]
         self.pairs = [pair for site in sites for pair in site.copies()]
         self.scaled = [(site.down, site.scale) for site in sites if site.downs]
@@ -104,6 +107,11 @@ class FusedBlocks:
         wrap: Callable = partial(torch.compile, dynamic=False) if compile else lambda f: f
         self.before, self.after = wrap(before), wrap(after)
         self.after_back, self.before_back = wrap(after_back), wrap(before_back)
+
+    @property
+    def usable(self) -> bool:
+        """False while the adapter is switched off: the base alone goes through the modules."""
+        return self.lora is None or not self.lora.disable_adapters
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
@@ -158,12 +166,18 @@ def unfusable(model: nn.Module) -> str | None:
             modules = [layer.get_submodule(name) for name in names]
             if len({isinstance(module, LoraLinear) for module in modules}) > 1:
                 return "a LoRA on some of the layers that share an input"
+            if len({_base(module).weight.requires_grad for module in modules}) > 1:
+                return "some of the layers that share an input train, some do not"
+            if len({getattr(m, "scaling", {}).get("default") for m in modules}) > 1:
+                return "LoRA of different scales on layers that share an input"
             for module in modules:
                 if isinstance(module, LoraLinear):
                     if any(getattr(d, "p", 0) for d in module.lora_dropout.values()):
                         return "LoRA dropout drops another part of the input in each layer"
                     if list(module.active_adapters) != ["default"] or any(module.use_dora.values()):
                         return "more than one plain LoRA"
+                    if module.disable_adapters or module.merged or any(module.lora_bias.values()):
+                        return "a LoRA that is switched off, merged or has a bias"
                     module = module.get_base_layer()
                 if type(module) is not nn.Linear or module.bias is not None:
                     return f"{type(module).__name__} layers (quantised weights, biases)"

@@ -65,7 +65,8 @@ class Slots:
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # one for all recordings: cuBLAS keeps a workspace for every stream that it has seen
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.grow(length)
 
     def grow(self, length: int) -> None:
@@ -75,6 +76,8 @@ class Slots:
         engine = self.engine
         shape = (self.size, engine.kv_heads, length, engine.head_dim)
         self.graphs.clear()  # they know the old addresses
+        # a pool whose last graph is gone may not be recorded into again
+        self.pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
         for i in range(len(engine.layers)):
             pair = tuple(
                 torch.zeros(shape, dtype=engine.dtype, device=engine.device) for _ in range(2)
@@ -226,18 +229,19 @@ class Slots:
         the cache and the output stands at the very places that the next real step writes.
         """
         saved = [t.clone() for t in self.small()]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
+        side, graph = self.stream, torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.engine.device):  # which need not be the first
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self.step_once(*key)
+                    for tensor, value in zip(self.small(), saved, strict=True):
+                        tensor.copy_(value)
+            torch.cuda.current_stream().wait_stream(side)
+            # thread_local: a codec in another thread may allocate meanwhile
+            options = dict(pool=self.pool, stream=side, capture_error_mode="thread_local")
+            with torch.cuda.graph(graph, **options):
                 self.step_once(*key)
-                for tensor, value in zip(self.small(), saved, strict=True):
-                    tensor.copy_(value)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: a codec in another thread may allocate meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            self.step_once(*key)
         return graph
 
 

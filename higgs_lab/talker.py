@@ -102,7 +102,7 @@ class Talker(nn.Module):
         if cu_seqlens is not None:
             if len(ids) != 1 or position_ids is None or attention_mask is not None:
                 raise ValueError("packed input is one row with position_ids and no attention_mask")
-            if self.fused is not None and cache is None:
+            if self.fused is not None and self.fused.usable and cache is None:
                 cos, sin = self.model.rotary_emb(embeds, position_ids)
                 hidden = self.fused(embeds, cos, sin, cu_seqlens, max_seqlen)
                 return self._output(hidden, logits_at, targets)

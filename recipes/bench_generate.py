@@ -120,12 +120,15 @@ def to_wav(bench: Bench, talker, codec, rows: int, texts: int, compile: bool) ->
         spoken = speak_each(
             talker, codec, made[:count], settings[:count], decode_together=together, **options
         )
-        results = []
+        results, files = [], []
         with ThreadPoolExecutor(4) as pool:
             for index, one, wav in spoken:
+                path = folder / f"{index}.wav"
                 if len(wav):
-                    pool.submit(write_wav, folder / f"{index}.wav", wav, codec.sample_rate_hz)
+                    files.append(pool.submit(write_wav, path, wav, codec.sample_rate_hz))
                 results.append(one)
+        for file in files:
+            file.result()  # raises what went wrong
         return results
 
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
 from higgs_lab.adapter import attach_lora, base_fingerprint
 from higgs_lab.attention import VARLEN, attention_kind
@@ -57,6 +57,10 @@ def train(config: TrainConfig) -> None:
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(config.trackers) or None,
         project_dir=str(out),
+        # no buffer of the talker changes; gradients lie in DDP's buckets, not beside them
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
     )
     say = accelerator.print
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -74,7 +78,7 @@ def train(config: TrainConfig) -> None:
     with accelerator.main_process_first():  # one process downloads or builds
         base = resolve_checkpoint(config.model)
     vocab = Vocab.from_pretrained(base.path)
-    codec = Codec.from_pretrained(base.path, accelerator.device)
+    codec = Codec.from_pretrained(base.path)  # on the card only while samples are spoken
     info = prepared_info(config.data)
     train_rows = load_prepared(config.data, codec.hash, split="train")
     has_valid = bool(info["splits"].get("valid", {}).get("clips"))

@@ -86,6 +86,11 @@ class Run:
         folder = self.out / "checkpoints"
         steps = saved_steps(folder)
         start = steps[-1] if steps else 0
+        if len(seen := set(gather_object([start]))) > 1:
+            raise ValueError(
+                f"the processes see different checkpoints in {folder} (steps {sorted(seen)}): put "
+                "out= on storage that all machines share"
+            )
         if start:
             state = load_step(
                 folder, start, self.model, self.optimizer, self.accelerator.process_index
@@ -152,9 +157,15 @@ class Run:
     def try_largest(self) -> None:
         """Forth and back on the largest pack, for nothing: memory fails now or not at all, and what
         is compiled is compiled before the clock runs."""
-        saved = random_state()
+        saved, device = random_state(), self.accelerator.device
         batch = self.loader.largest()
+        if device.type == "cuda":  # what loading took is another matter
+            torch.cuda.reset_peak_memory_stats(device)
+        moments = []
         try:
+            if not self.optimizer.state:  # the first step makes these, 29 GB of a full fine-tune
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
             with self.accelerator.no_sync(self.wrapped):
                 loss, _ = self.sums(self.wrapped, batch)
                 self.accelerator.backward(loss * 0)
@@ -164,10 +175,11 @@ class Run:
                 "lower budget_positions (and raise packs_per_step as much), or set "
                 f"checkpointing=selective or full, or method=qlora ({error})"
             ) from error
+        del moments
         self.optimizer.zero_grad(set_to_none=True)
         set_random_state(saved)
-        if self.accelerator.device.type == "cuda":
-            held = torch.cuda.max_memory_allocated(self.accelerator.device) / GIB
+        if device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(device) / GIB
             self.accelerator.print(f"memory: {held:.1f} GiB measured on the largest pack")
 
     def report(self, done: int, start: int, sums: LossSums, norm, totals, clock: Clock) -> None:
@@ -294,6 +306,7 @@ class Run:
             reference, said = torch.as_tensor(row["codes"]), row["text"]
         # its own text is spoken without it: copying the answer would sound best of all
         refs = [None if text == said else (reference, said) for text in texts]
+        self.codec.model.to(self.accelerator.device)
         with self.accelerator.autocast():
             spoken = higgs.speak(
                 texts,
@@ -301,6 +314,7 @@ class Run:
                 [ref and ref[1] for ref in refs],
                 sampling=Sampling(seed=self.config.seed),
             )
+        self.codec.model.to("cpu")
         folder = self.out / "samples" / f"step-{step}"
         for i, (wav, _) in enumerate(spoken):
             write_wav(folder / f"{i}.wav", wav, higgs.sample_rate_hz)

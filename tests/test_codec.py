@@ -16,7 +16,7 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.audio import audio_info, read_audio
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from higgs_lab.codec import Codec, codec_config, codec_hash, exact_float32
+from higgs_lab.codec import Codec, arithmetic, codec_config, codec_hash, exact_float32
 from higgs_lab.nano.build import small_codec_config
 from higgs_lab.vocab import CODEC_CONFIG
 from tests.tiny import random_codes, voice_like
@@ -372,6 +372,13 @@ def test_ragged_decoding_is_decoding_one_by_one(nano):
         assert wave.shape == wanted.shape
         np.testing.assert_allclose(wave, wanted, atol=2e-5)
     assert not any(m._forward_pre_hooks for m in codec.model.acoustic_decoder.modules())
+
+
+def test_decoding_in_bf16_leaves_matmul_as_compiled_code_of_other_threads_knows_it():
+    guard = torch._C._dynamo.guards.GlobalStateGuard()
+    with arithmetic("bf16", torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            assert guard.check(), guard.reason()
 
 
 def test_other_precisions_are_asked_for_by_name(nano):

@@ -26,8 +26,10 @@ from higgs_lab.prepared import save_prepared
 from higgs_lab.runlog import read_jsonl, write_json_atomic
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
+from recipes import train_run
 from recipes.finetune import train
 from recipes.train_config import TrainConfig, check, learning_rate
+from recipes.train_run import Run
 from tests.tiny import prepared_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,6 +264,22 @@ def test_a_step_follows_the_schedule_and_the_clipped_gradient(prepared, tmp_path
     assert float(seen.norm()) == pytest.approx(0.01, rel=1e-3) and curve(metrics, "grad_norm") > [
         0.01
     ]
+
+
+def test_what_does_not_fit_fails_before_the_first_step(prepared, tmp_path, monkeypatch):
+    def full(self, model, pack):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Run, "sums", full)
+    with pytest.raises(ValueError, match=r"the largest pack \(\d+ positions\) does not fit"):
+        run(prepared, tmp_path / "run", steps=2)
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_machines_that_do_not_share_the_run_directory_are_told(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_run, "gather_object", lambda mine: [*mine, 40])
+    with pytest.raises(ValueError, match="different checkpoints .*storage that all machines share"):
+        run(prepared, tmp_path / "run", steps=2)
 
 
 def test_samples_and_validations_change_nothing_that_is_learnt(prepared, tmp_path):

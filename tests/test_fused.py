@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import higgs_lab.fused as fused
-from higgs_lab.adapter import attach_lora, merge_lora
+from higgs_lab.adapter import adapter_off, attach_lora, merge_lora
 from higgs_lab.attention import Documents, attention_kind
 from higgs_lab.batches import pack
+from higgs_lab.cost import GIB, Shape, training_gib
 from higgs_lab.fused import CHECKPOINTING, fuse, unfusable
 from higgs_lab.loss import LossSums, codebook_loss
 from tests.tiny import run_one, three_examples, tiny_talker
@@ -156,8 +157,11 @@ def test_checkpointing_keeps_what_it_says(checkpointing):
         "none": 2 * 64 + 128 + (64 + 32 + 32) + 64 + 2 * 96,
         "selective": 2 * 64 + 128 + (64 + 32 + 32) + 64,
         "full": 2 * 64,
-    }
-    assert wanted[checkpointing] <= sum(seen.values()) / L <= wanted[checkpointing] + adapters
+    }[checkpointing]
+    assert wanted <= sum(seen.values()) / L <= wanted + adapters
+    shape = Shape.of(made.base_model.model.config, 8 * 1026)
+    told = training_gib(shape, "lora", 4, L, checkpointing)["activations"]  # in bf16
+    assert told * GIB == pytest.approx(2 * L * shape.layers * wanted)
 
 
 def test_the_copies_follow_an_optimiser_and_a_checkpoint():
@@ -191,8 +195,23 @@ def test_fusing_takes_no_second_copy_and_merging_still_works():
         weight = getattr(layer.self_attn, name).base_layer.weight
         assert weight.untyped_storage().data_ptr() == whole
     merged, wanted = merge_lora(made).eval(), merge_lora(twin).eval()
+    packed = pack(three_examples()).inputs()
     with torch.no_grad():
         torch.testing.assert_close(run_one(merged, example), run_one(wanted, example))
+        merged.model.layers[0].mlp.down_proj.weight.mul_(2)  # packed batches follow it too
+        wanted.model.layers[0].mlp.down_proj.weight.mul_(2)
+        torch.testing.assert_close(merged(**packed).logits, wanted(**packed).logits)
+
+
+@torch.no_grad()
+def test_a_switched_off_adapter_is_off_in_packed_batches():
+    made, packed = model("attention_mlp"), pack(three_examples()).inputs()
+    wanted = tiny_talker(scale=4)(**packed).logits
+    fuse(made, "split")
+    with adapter_off(made):
+        torch.testing.assert_close(made(**packed).logits, wanted)
+        assert "switched off" in unfusable(made)
+    assert not torch.allclose(made(**packed).logits, wanted)
 
 
 def test_bf16_products_stay_near_fp32():
@@ -216,6 +235,11 @@ def test_what_cannot_be_fused_is_named():
     assert "dropout" in unfusable(model("attention_mlp", dropout=0.1))
     with pytest.raises(ValueError, match="cannot be fused: LoRA dropout"):
         fuse(model("attention_mlp", dropout=0.1), "sdpa")
+    half, odd = model("full"), model("attention_mlp")
+    half.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
+    assert "some of the layers that share an input train" in unfusable(half)
+    odd.base_model.model.model.layers[1].mlp.up_proj.scaling["default"] = 3.0
+    assert "different scales" in unfusable(odd)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -228,7 +252,7 @@ def test_attention_kinds_agree_and_are_chosen_by_what_runs():
     torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
     cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
     assert attention_kind("auto", cpu, bf16) == "split"
-    assert attention_kind("auto", cuda, torch.float32) == "sdpa"
+    assert attention_kind("auto", cuda, torch.float32) == "split"
     with pytest.raises(ValueError, match="varlen needs CUDA"):
         attention_kind("varlen", cpu, bf16)
     with pytest.raises(ValueError, match="no gradient on a CPU"):
