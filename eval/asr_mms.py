@@ -150,7 +150,9 @@ def load_mms(
         tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(path, **at)
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(path, **at)
     except (OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"recogniser {spec!r} is no Wav2Vec2 CTC model: {error}") from error
+        raise ValueError(
+            f"recogniser {spec!r} cannot be loaded as a Wav2Vec2 CTC model: {error}"
+        ) from error
     nested = all(isinstance(alphabet, dict) for alphabet in tokenizer.vocab.values())
     if model.config.adapter_attn_dim is None or not nested:
         raise ValueError(

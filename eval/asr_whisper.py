@@ -217,6 +217,9 @@ def load_whisper(
     try:
         model = whisper.load_model(source, device=device, download_root=download_root)
     except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        # Of a name that Whisper knows, or for want of memory, the error says what it is itself.
+        if source in whisper.available_models() or isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(
             f"{source} is not an openai-whisper checkpoint (a .pt file of 'dims' and "
             f"'model_state_dict'): {error}"

@@ -153,6 +153,11 @@ def _read_common_voice(folder: Path, part: str, codes: set[str], split: str) -> 
             raise ValueError(f"{table}:1: no column {', '.join(sorted(missing))}")
         for number, cells in lines:
             row = dict(zip(header, cells, strict=False))
+            if "locale" not in row:
+                raise ValueError(
+                    f"{table}:{number}: {len(cells)} cells under {len(header)} heads, so no "
+                    "locale: is the file whole?"
+                )
             try:
                 code = language(row["locale"]).code
             except ValueError:

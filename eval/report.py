@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.anchors import FLOOR_LIMIT
+from eval.asr import recognizer_title
 from eval.stats import texts_needed
 from eval.table import Cell, Column, blocks, error_columns, language_name, sound_columns
 
@@ -23,7 +24,12 @@ def setting(summary: dict) -> str:
 
 
 def judge(config: dict) -> str:
-    return Path(config["asr"]["name"]).name if config["asr"] else "no recogniser"
+    asr = config["asr"]
+    if not asr:
+        return "no recogniser"
+    if "routes" in asr or asr["name"].startswith("worker:"):  # a command is no name
+        return recognizer_title(asr)
+    return Path(asr["name"]).name
 
 
 def print_table(summary: dict) -> None:
@@ -130,7 +136,9 @@ def notes(summary: dict) -> list[str]:
             "the human recordings there, so read the excess, not the error"
         )
     if config["system"].get("kind") == "human":
-        limited = [c for c, b in languages.items() if (b["error"] or _NONE)["value"] > FLOOR_LIMIT]
+        limited = [
+            c for c, b in languages.items() if (b["error_valid"] or _NONE)["value"] > FLOOR_LIMIT
+        ]
         if limited:
             lines.append(
                 f"the recogniser errs above {100 * FLOOR_LIMIT:.0f} % on these recordings in "

@@ -129,6 +129,9 @@ def settings(
         raise ValueError(
             f"takes={takes}: {system.name} says a text in one way, so one take is all there is"
         )
+    kind = system.details.get("kind")
+    if kind in ("human", "codec") and all(row.audio is None for row in test_set.rows):
+        raise ValueError(f"{test_set.name} has no recordings, so there is no {kind} row of it")
     for row in test_set.rows:  # what would be refused after hours of speaking is refused here
         if not normalize(strip_tags(row.text), row.language, normalizer, heard=True):
             raise ValueError(f"{row.where}: no words are left of {row.text!r} by {normalizer}")

@@ -34,6 +34,7 @@ def load_wavlm(folder: Path, name: str, at: dict, device: str) -> WavLMEncoder:
 
     Raises ValueError for what is no WavLM with an x-vector head.
     """
+    import torch
     from transformers import AutoConfig, Wav2Vec2FeatureExtractor, WavLMForXVector
 
     source = name.partition("@")[0] if at else str(folder)
@@ -43,7 +44,7 @@ def load_wavlm(folder: Path, name: str, at: dict, device: str) -> WavLMEncoder:
             f"encoder {name!r} is a {', '.join(config.architectures or ['model without a class'])}"
             ", not a WavLMForXVector: give a speaker verification model"
         )
-    model = WavLMForXVector.from_pretrained(source, **at).eval().to(device)
+    model = WavLMForXVector.from_pretrained(source, **at).eval().to(device, torch.float32)
     return WavLMEncoder(model, Wav2Vec2FeatureExtractor.from_pretrained(source, **at), name)
 
 

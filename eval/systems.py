@@ -194,8 +194,11 @@ def _speak_through(codec, requests: Sequence[Request]) -> list[Spoken]:
     return [clips[number] for number in range(len(requests))]
 
 
-# Statuses that mean "this request is wrong"; anything else means that the server is.
+# Statuses that mean "this request is wrong"; anything else means that the server is, except an
+# internal error of one that is healthy and speaks other texts: this text breaks it, and would break
+# it again after every resume.
 _REFUSED = (400, 413, 422)
+_BROKE = 500
 
 
 def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
@@ -206,7 +209,7 @@ def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
         "VLLM_API_KEY"
     )  # as for serve.client; never in a file or on a command line
 
-    def one(request: Request) -> Spoken:
+    def one(request: Request) -> Spoken | client.ServerError:
         from higgs_lab.audio import read_audio
 
         row, begin = request.row, time.monotonic()
@@ -219,6 +222,8 @@ def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
             took_sec = time.monotonic() - begin
             wav = read_audio(_InMemory(data, f"answer for {row.id}"), 24000, max_sec=None)
         except client.ServerError as error:
+            if error.status == _BROKE and client.is_healthy(url):
+                return error
             if error.status not in _REFUSED:
                 raise
             return Spoken(error=str(error))
@@ -229,8 +234,19 @@ def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
     def start() -> Speak:
         if not client.is_healthy(url):
             raise ConnectionError(f"no server answers {url}/health: start it, or check the address")
-        pool = ThreadPoolExecutor(concurrency)
-        return lambda requests: list(pool.map(one, requests))
+        pool, speaks = ThreadPoolExecutor(concurrency), False
+
+        def say(requests: Sequence[Request]) -> list[Spoken]:
+            nonlocal speaks
+            answers = list(pool.map(one, requests))
+            spoken = [answer for answer in answers if isinstance(answer, Spoken)]
+            spoke_before, speaks = speaks, any(clip.wav is not None for clip in spoken)
+            for answer in answers:
+                if isinstance(answer, client.ServerError) and not (speaks or spoke_before):
+                    raise answer
+            return [a if isinstance(a, Spoken) else Spoken(error=str(a)) for a in answers]
+
+        return say
 
     details = {"kind": "server", "dialect": dialect, "sampling": sampling}
     details["concurrency"] = concurrency  # servers have sounded different under load

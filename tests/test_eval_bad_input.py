@@ -111,6 +111,13 @@ def test_a_set_that_cannot_be_scored_is_refused_before_anything_is_spoken(tmp_pa
     assert len(str(refusal.value).splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model", ["human", "codec:nano"])
+def test_a_set_without_recordings_has_no_human_row(tmp_path, model, nano):
+    manifest(tmp_path, [{"text": "one two three"}])
+    with pytest.raises(SystemExit, match="set.jsonl has no recordings"):
+        go(tmp_path, "none", model)
+
+
 def test_a_worker_that_prints_garbage_stops_the_run_which_then_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(hear, "CPU_BATCH", 2)
     for number in range(6):

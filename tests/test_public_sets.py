@@ -132,6 +132,10 @@ def test_common_voice_of_one_language_or_several(tmp_path, capsys):
     assert len(read_audio(one.rows[0].ref_audio, 16000)) > 4000
     with pytest.raises(ValueError, match="Mozilla Data Collective.*--set-path"):
         load_set("common-voice")
+    table = tmp_path / "eu" / "test.tsv"
+    table.write_text(table.read_text() + "zoe\tclip.mp3\tx\tBai")
+    with pytest.raises(ValueError, match=r"test.tsv:3: 4 cells under .* no locale"):
+        load_set("common-voice", folder=tmp_path / "eu")
     (tmp_path / "eu" / "test.tsv").write_text("path\tsentence\na.mp3\tKaixo\n")
     with pytest.raises(ValueError, match=r"test.tsv:1: no column client_id, locale"):
         load_set("common-voice", folder=tmp_path / "eu")

@@ -190,6 +190,22 @@ def test_a_server_that_is_gone_stops_the_run_instead_of_failing_every_clip(serve
         open_system("http://127.0.0.1:9").start()
 
 
+def test_a_text_that_breaks_a_server_is_that_clips_failure_where_it_speaks_others(
+    server, monkeypatch
+):
+    """Else no resume would ever get past it."""
+    monkeypatch.setattr("serve.client.time.sleep", lambda seconds: None)
+    from serve.client import ServerError
+
+    speak = open_system(server, batch=2).start()
+    fine, broken = (Request(row(t, t), 1) for t in ("Fine.", "Break down."))
+    good, bad = speak([fine, broken])
+    assert good.error == "" and bad.wav is None and "500" in bad.error
+    assert "500" in speak([broken])[0].error  # it has just spoken
+    with pytest.raises(ServerError, match="500"):
+        speak([broken])  # and now it has not: it is the server
+
+
 def test_a_server_that_breaks_down_stops_the_run_so_that_it_can_be_resumed(server, monkeypatch):
     from serve.client import ServerError
 
