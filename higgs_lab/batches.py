@@ -33,6 +33,7 @@ class Batch:
     max_seqlen: int
     real_positions: int  # without padding
     num_documents: int  # without padding
+    text: Tensor | None = None  # [1, L, D] embeddings of ids, when the host looks them up
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         moved = {
@@ -52,7 +53,7 @@ class Batch:
 
     def inputs(self) -> dict:
         """Keyword arguments of `Talker.forward`."""
-        names = ("ids", "is_audio", "rows", "position_ids", "cu_seqlens", "max_seqlen")
+        names = ("ids", "is_audio", "rows", "position_ids", "cu_seqlens", "max_seqlen", "text")
         return {name: getattr(self, name) for name in names}
 
     def targets(self, weights: Tensor) -> Targets:

@@ -95,17 +95,18 @@ def training_gib(
     shape: Shape, method: str, rank: int, positions: int, checkpointing: str = "none"
 ) -> dict[str, float]:
     """GiB by part while `positions` are trained in one pack with bf16 products."""
-    frozen = 2 * (shape.text_ids * shape.hidden + shape.table_weights)
+    D, F = shape.hidden, shape.feed_forward
     if method == "full":
         # fp32 master, gradient and two moments; the bf16 copy that the products use
-        weights = (4 + 2) * shape.block_weights + 2 * frozen
+        tables = shape.text_ids * D + shape.table_weights
+        weights = (4 + 2) * shape.block_weights + 4 * tables
         state = 12 * (shape.block_weights + shape.table_weights)
     else:
         lora = shape.lora_weights(rank)
         base = 2 if method == "lora" else 0.53  # NF4 with doubly quantised scales
-        weights = base * shape.block_weights + frozen + 2 * lora
+        # the text table stays on the host, its rows come with the pack: see working
+        weights = base * shape.block_weights + 2 * shape.table_weights + 2 * lora
         state = 16 * lora
-    D, F = shape.hidden, shape.feed_forward
     kept = {
         # x, the sum with attention, qkv, the same rotated, attention, gate and up
         "none": 2 * D + 2 * shape.qkv + shape.attended + 2 * F,
@@ -113,8 +114,8 @@ def training_gib(
         "full": 2 * D,
     }[checkpointing]
     activations = 2 * positions * shape.layers * kept
-    # one block on the way back: gate and up, their gradients, two products of them
-    working = 2 * positions * (6 * F + 4 * D + 2 * shape.qkv) + 10 * 1024 * shape.table_rows
+    # one block on the way back: gate and up, their gradients, two products of them; text
+    working = 2 * positions * (6 * F + 5 * D + 2 * shape.qkv) + 10 * 1024 * shape.table_rows
     parts = dict(weights=weights, state=state, activations=activations, working=working)
     found = {name: size / GIB for name, size in parts.items()}
     found["reserve"] = RESERVE_GIB

@@ -65,6 +65,7 @@ class Engine:
         return (
             all(type(m) is nn.Linear for m in talker.modules() if hasattr(m, "in_features"))
             and weights <= {nn.Parameter, Tensor}
+            and type(talker.model.embed_tokens) is nn.Embedding
             and len({p.dtype for p in talker.parameters()}) == 1
             and talker.dtype.is_floating_point
             and not config.attention_bias

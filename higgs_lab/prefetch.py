@@ -5,19 +5,27 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 from higgs_lab.batches import Batch, PackedLoader
+from higgs_lab.text_table import HostTable
 
 
 class Prefetch:
     """Iterator over a loader that builds up to `depth` packs ahead of what is taken.
 
     `state_dict` is the position behind the last pack taken, not behind the last one built. An error
-    while building is raised where its pack would have come.
+    while building is raised where its pack would have come. table: of text, to be looked up here.
     """
 
-    def __init__(self, loader: PackedLoader, depth: int = 2, pin: bool = False):
-        self.loader, self.pin = loader, pin
+    def __init__(
+        self,
+        loader: PackedLoader,
+        depth: int = 2,
+        pin: bool = False,
+        table: HostTable | None = None,
+    ):
+        self.loader, self.pin, self.table = loader, pin, table
         self.state = loader.state_dict()
         self.made: queue.Queue = queue.Queue(maxsize=depth)
         self.closed = threading.Event()
@@ -27,6 +35,8 @@ class Prefetch:
     def _build(self) -> None:
         try:
             for batch in self.loader:
+                if self.table is not None:
+                    batch = replace(batch, text=self.table(batch.ids))
                 item = (batch.pin() if self.pin else batch, self.loader.state_dict())
                 if not self._put(item):
                     return

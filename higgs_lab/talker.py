@@ -87,6 +87,7 @@ class Talker(nn.Module):
         cache: Cache | None = None,
         logits_at: Tensor | None = None,
         targets: Targets | None = None,
+        text: Tensor | None = None,
     ) -> TalkerOutput:
         """One pass over ids [B, L], is_audio [B, L] bool, rows [B, L, K].
 
@@ -95,9 +96,9 @@ class Talker(nn.Module):
         values of earlier positions, which is extended. logits_at: bool [B, L], to run the head only
         there (logits [N, K, V]); audio rows are half of a sequence or less, and the head's output
         is larger than any hidden state. targets: to get the loss instead, whose logits never exist
-        as a whole.
+        as a whole. text: embeddings of ids [B, L, D], where the caller has looked them up.
         """
-        embeds = self.embed(ids, is_audio, rows)
+        embeds = self.embed(ids, is_audio, rows, text)
         kwargs = {}
         if cu_seqlens is not None:
             if len(ids) != 1 or position_ids is None or attention_mask is not None:
@@ -131,13 +132,16 @@ class Talker(nn.Module):
         picked = hidden if logits_at is None else hidden[logits_at]
         return TalkerOutput(hidden, self.codebooks.logits(picked))
 
-    def embed(self, ids: Tensor, is_audio: Tensor, rows: Tensor) -> Tensor:
+    def embed(
+        self, ids: Tensor, is_audio: Tensor, rows: Tensor, text: Tensor | None = None
+    ) -> Tensor:
         """[B, L, D]: text embeddings, with the fused sum where a row stands.
 
         Under autocast in its dtype, which the rotary angles follow: fp32 master weights must train
         the sums that the bf16 checkpoint will be served with (facts §1.6).
         """
-        text = self.model.embed_tokens(ids)
+        if text is None:
+            text = self.model.embed_tokens(ids)
         device = text.device.type
         if torch.is_autocast_enabled(device):
             text = text.to(torch.get_autocast_dtype(device))

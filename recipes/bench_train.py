@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,7 @@ from higgs_lab.fused import fuse
 from higgs_lab.prefetch import Prefetch
 from higgs_lab.prompt import Example, render_example
 from higgs_lab.quantize import quantize_nf4
+from higgs_lab.text_table import HostTable, text_on_host
 from higgs_lab.training_set import TrainingSet
 from recipes.bench import Bench, arguments, timed
 
@@ -159,7 +161,7 @@ def ours(
     quick: bool = False,
 ) -> dict:
     positions = positions or bench.args.positions
-    step, batches = engine(bench, positions, checkpointing, method, rank, compile, attention)
+    step, batches, _ = engine(bench, positions, checkpointing, method, rank, compile, attention)
     real = sum(b.real_positions for b in batches) / sum(b.ids.shape[1] for b in batches)
     return figures(bench, lambda i: step(batches[i % len(batches)]), method, real, quick)
 
@@ -171,6 +173,7 @@ def modules(
     if nf4 and bench.device.type != "cuda":
         raise ImportError("NF4 is measured on a GPU")
     talker = bench.talker()
+    table = text_on_host(talker)
     if nf4:
         talker = quantize_nf4(talker.to("cpu"), bench.device)
         torch.cuda.reset_peak_memory_stats()  # a fine-tune never has the whole of it on the card
@@ -178,25 +181,29 @@ def modules(
     if attention_kind("auto", bench.device, bench.dtype) == "varlen":
         talker.model.set_attn_implementation(VARLEN)
     model = attach_lora(talker, rank=bench.args.rank).train()
-    batches = packs(bench, positions or bench.args.positions)
+    batches = packs(bench, positions or bench.args.positions, table)
     step = stepper(bench, model)
     real = sum(b.real_positions for b in batches) / sum(b.ids.shape[1] for b in batches)
     return figures(bench, lambda i: step(batches[i % len(batches)]), "lora", real, quick)
 
 
-def engine(bench, positions, checkpointing="none", method="lora", rank=None, compile=None,
-           attention=None) -> tuple[Callable[[Batch], float], list[Batch]]:  # fmt: skip
-    """(a step on a pack, synthetic packs) of the fused blocks."""
+def engine(
+    bench, positions, checkpointing="none", method="lora", rank=None, compile=None, attention=None
+) -> tuple[Callable[[Batch], float], list[Batch], HostTable | None]:
+    """(a step on a pack, synthetic packs, the host's text table) of the fused blocks."""
     args = bench.args
     kind = attention_kind(attention or args.attention, bench.device, bench.dtype)
     if method == "full":
         model = bench.talker(torch.float32).requires_grad_(True)
         model.model.embed_tokens.requires_grad_(False)
+        table = None
     else:
-        model = attach_lora(bench.talker(), rank=rank or args.rank)
+        talker = bench.talker()
+        table = text_on_host(talker)
+        model = attach_lora(talker, rank=rank or args.rank)
     compiled = args.compile if compile is None else compile
     fuse(model, kind, checkpointing, compiled, bench.dtype)
-    return stepper(bench, model.train()), packs(bench, positions, pad=compiled)
+    return stepper(bench, model.train()), packs(bench, positions, table, pad=compiled), table
 
 
 def stepper(bench: Bench, model: torch.nn.Module) -> Callable[[Batch], float]:
@@ -228,14 +235,13 @@ def real_data(bench: Bench, loader: bool) -> dict:
     index_sec = time.monotonic() - begun
     compiled = args.compile
     source = PackedLoader(made.lengths, made.build, args.positions, pad=compiled)
-    step, _ = engine(bench, args.positions, "none")
+    step, _, table = engine(bench, args.positions, "none")
+    pin = bench.device.type == "cuda"
     if loader:
-        ahead = Prefetch(source, depth=4, pin=bench.device.type == "cuda")
+        ahead = Prefetch(source, depth=4, pin=pin, table=table)
         take = lambda i: next(ahead)  # noqa: E731
     else:
-        kept = [b for b, _ in zip(source, range(16), strict=False)]
-        if bench.device.type == "cuda":
-            kept = [batch.pin() for batch in kept]
+        kept = ready([b for b, _ in zip(source, range(16), strict=False)], table, pin)
         take = lambda i: kept[i % len(kept)]  # noqa: E731
     lengths = made.lengths(0)
     real = sum(lengths) / (len(source.epoch_packs(0)) * args.positions)
@@ -285,12 +291,21 @@ def examples(bench: Bench, count: int, seed: int) -> list[Example]:
     return found
 
 
-def packs(bench: Bench, positions: int, pad: bool = False, count: int = 4) -> list[Batch]:
+def packs(
+    bench: Bench, positions: int, table: HostTable | None, pad: bool = False, count: int = 4
+) -> list[Batch]:
     pool = examples(bench, 4 * count * positions // 400, seed=1)
     lengths = [len(e) for e in pool]
     loader = PackedLoader(lengths, lambda i, _: pool[i], positions, pad=pad)
     found = [batch for batch, _ in zip(loader, range(count), strict=False)]
-    return [b.pin() for b in found] if bench.device.type == "cuda" else found
+    return ready(found, table, bench.device.type == "cuda")
+
+
+def ready(batches: list[Batch], table: HostTable | None, pin: bool) -> list[Batch]:
+    """As `Prefetch` would give them."""
+    if table is not None:
+        batches = [replace(b, text=table(b.ids)) for b in batches]
+    return [b.pin() for b in batches] if pin else batches
 
 
 def padded(batch: list[Example]) -> tuple[dict, torch.Tensor, int]:

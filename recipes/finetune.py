@@ -30,6 +30,7 @@ from higgs_lab.prepared import load_prepared, prepared_info
 from higgs_lab.quantize import quantize_nf4
 from higgs_lab.resume import saved_steps, trainable_state
 from higgs_lab.runlog import provenance, write_json_atomic
+from higgs_lab.text_table import text_on_host
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
 from recipes.train_config import TrainConfig, check
@@ -151,9 +152,14 @@ def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn
     # A frozen base may be bf16; weights that are updated stay fp32 and are cast by autocast.
     frozen = torch.bfloat16 if bf16 else torch.float32
     if config.method == "qlora":
-        talker = quantize_nf4(load_talker(base, "cpu", frozen), device)
+        talker = load_talker(base, "cpu", frozen)
+        text_on_host(talker)
+        talker = quantize_nf4(talker, device)
+    elif config.method == "lora":
+        talker = load_talker(base, device, frozen)
+        text_on_host(talker)
     else:
-        talker = load_talker(base, device, frozen if config.method == "lora" else torch.float32)
+        talker = load_talker(base, device, torch.float32)
     dtype = torch.bfloat16 if bf16 else torch.float32
     kind = attention_kind(config.attention, talker.device, dtype)
     if kind == "varlen":

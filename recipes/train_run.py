@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from higgs_lab.resume import load_step, random_state, save_step, saved_steps, se
 from higgs_lab.runlog import RunLog, duration, write_json_atomic
 from higgs_lab.speech import Higgs
 from higgs_lab.talker import Talker
+from higgs_lab.text_table import HostTable
 from higgs_lab.training_set import TrainingSet
 from higgs_lab.vocab import Vocab
 from recipes.train_config import TrainConfig, learning_rate
@@ -69,6 +70,8 @@ class Run:
         self.talker = next(m for m in self.model.modules() if isinstance(m, Talker))
         table_rows = self.vocab.num_codebooks * self.vocab.codebook_size
         self.shape = Shape.of(self.talker.config, table_rows)
+        table = self.talker.model.embed_tokens
+        self.host_table = table if isinstance(table, HostTable) else None
         self.peak = card_peak(self.accelerator.device)
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.terminated = False
@@ -121,7 +124,7 @@ class Run:
             self.try_largest()
         pin = accelerator.device.type == "cuda"
         micro = config.packs_per_step // accelerator.num_processes
-        self.batches = Prefetch(self.loader, depth=2 * micro, pin=pin)
+        self.batches = Prefetch(self.loader, depth=2 * micro, pin=pin, table=self.host_table)
         try:
             if start == 0 and self.valid is not None:
                 self.validate(0)
@@ -258,6 +261,8 @@ class Run:
     def sums(self, model: torch.nn.Module, pack: Batch) -> tuple[Tensor, LossSums]:
         """(weighted loss sum, sums without gradient) of a pack that is still on the host."""
         device = self.accelerator.device
+        if pack.text is None and self.host_table is not None:  # not from `Prefetch`
+            pack = replace(pack, text=self.host_table(pack.ids))
         targets = pack.targets(self.host_weights).to(device)
         out = model(**pack.to(device, non_blocking=True).inputs(), targets=targets)
         return out.loss, out.sums

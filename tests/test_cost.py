@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from higgs_lab.adapter import attach_lora
-from higgs_lab.cost import SHAPE_4B, Shape, most_positions, training_gib
+from higgs_lab.cost import RESERVE_GIB, SHAPE_4B, Shape, most_positions, training_gib
 from tests.tiny import TEXT_CONFIG_4B, meta_talker, tiny_talker
 
 
@@ -31,6 +31,9 @@ def test_memory_falls_with_checkpointing_and_rises_with_all_else():
     assert total() > total(checkpointing="selective") > total(checkpointing="full")
     assert total(positions=4096) < total() < total(rank=64) < total("full")
     assert total("qlora", checkpointing="full") < total(checkpointing="full")
+    # a table that lies on the host costs nothing; the issue of this project asks for 9.9 and 6.5
+    assert total(positions=4096, checkpointing="full") - RESERVE_GIB < 9.9
+    assert total("qlora", positions=4096, checkpointing="full") - RESERVE_GIB < 6.5
     fits = most_positions(SHAPE_4B, "lora", 16, "full", 24.0)
     assert total(positions=fits, checkpointing="full") <= 24.0
     assert total(positions=fits + 512, checkpointing="full") > 24.0
