@@ -7,6 +7,7 @@ The rate over the clips that did speak stands beside it as `error_valid`.
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -193,9 +194,10 @@ def summarise(scores: Sequence[dict], seed: int = 0, normalizer: str = "fair") -
     for score in scores:
         by_language.setdefault(score["language"], []).append(score)
     blocks = {code: _block(rows, code, seed) for code, rows in sorted(by_language.items())}
-    overall = _block(list(scores), "all", seed, estimates=len(blocks) == 1)
-    if len(blocks) > 1:
-        overall["unit"] = "mixed"
+    if len(blocks) == 1:  # the same figures, to the last digit of an interval
+        overall = copy.deepcopy(*blocks.values())
+    else:
+        overall = _block(list(scores), "all", seed, estimates=False) | {"unit": "mixed"}
         for name, *columns in _RATES:
             groups = {
                 code: _columns(rows, *columns)

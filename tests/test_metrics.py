@@ -222,3 +222,17 @@ def test_a_loop_is_one_of_words_also_where_a_protocol_counts_characters():
     again = " and the river is long"  # longer than a block of characters that is looked for
     assert failure("and the river is long", "and the river is long" + 4 * again) == "loop"
     assert failure("今天天气好", "今天天气好" + 4 * "天气好", "zh") == "loop"
+
+
+def test_of_one_language_the_headline_is_its_row():
+    """Other draws of the bootstrap gave the same clips two intervals on one page."""
+    heard = ("one two", "one", "two", "one three", "four", "one two three")
+    rows = [
+        score_clip("one two", text, "en", audio=FINE)
+        | {"language": "en", "reference": f"text {n}", "sim_target": 0.1 * n}
+        for n, text in enumerate(heard)
+    ]
+    summary = summarise(rows)
+    overall, row = summary["overall"], summary["languages"]["en"]
+    assert {name: overall[name] for name in row} == row and row["error"]["low"] is not None
+    assert "error_by_take" not in row
