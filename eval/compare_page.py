@@ -52,8 +52,8 @@ def write_comparison(path: str | Path, result: dict, wanted: float = 0.01) -> No
 
 
 def sides(a: list[dict], b: list[dict]) -> dict[tuple, dict]:
-    """B's clips by A's row and take."""
-    return {(one["id"], two["take"]): two for one, two in pairs_of(a, b)}
+    """B's clips by row and take, of the run that has several."""
+    return {(one["id"], max(one["take"], two["take"])): two for one, two in pairs_of(a, b)}
 
 
 def most_different(clips: list[list[dict]], measure, count: int) -> list[list[dict]]:

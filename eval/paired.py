@@ -41,12 +41,14 @@ Pair = tuple[dict, dict]
 
 
 def pairs_of(a: Sequence[dict], b: Sequence[dict]) -> list[Pair]:
-    """Clips of B beside A's of the same row and take, or A's only take of that row."""
+    """Clips of B beside A's of the same row and take; a run's only take stands beside them all."""
+    one_of_a, one_of_b = (len({row["take"] for row in rows}) == 1 for rows in (a, b))
+    if one_of_a:  # the human row has one take, whatever the system gave
+        by_id = {row["id"]: row for row in a}
+        return [(by_id[row["id"]], row) for row in b if row["id"] in by_id]
+    if one_of_b:
+        return [(one, two) for two, one in pairs_of(b, a)]
     of_a = {(row["id"], row["take"]): row for row in a}
-    takes = {row["take"] for row in a}
-    if len(takes) == 1:  # the human row has one take, whatever the system gave
-        of_a = {id: row for (id, _), row in of_a.items()}
-        return [(of_a[row["id"]], row) for row in b if row["id"] in of_a]
     return [(of_a[key], row) for row in b if (key := (row["id"], row["take"])) in of_a]
 
 

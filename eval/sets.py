@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,15 +45,26 @@ class EvalSet:
     @functools.cached_property
     def reference_revision(self) -> str:
         """Hash of the references given to the system."""
-        return _hash([(row.id, _sampled(row.ref_audio), row.ref_text) for row in self.rows])
+        known = self._known_clips
+        return _hash([(row.id, known.get(row.ref_audio), row.ref_text) for row in self.rows])
 
     @functools.cached_property
     def recording_revision(self) -> str:
         """Hash of the set's own recordings: the human row, and what durations and voices are held
         against."""
-        own = [(row.id, _sampled(row.audio)) for row in self.rows]
-        voices = [[s, *(_sampled(row.audio) for row in rows)] for s, rows in self.voices.items()]
+        known = self._known_clips
+        own = [(row.id, known.get(row.audio)) for row in self.rows]
+        voices = [[s, *(known[row.audio] for row in rows)] for s, rows in self.voices.items()]
         return _hash([own, voices])
+
+    @functools.cached_property
+    def _known_clips(self) -> dict[object, list]:
+        """Every clip that the set has, and what tells it from another one of its name."""
+        clips = {clip for row in self.rows for clip in (row.audio, row.ref_audio)}
+        clips |= {row.audio for rows in self.voices.values() for row in rows}
+        clips.discard(None)
+        with ThreadPoolExecutor(16) as pool:  # tens of thousands of small reads
+            return dict(zip(clips, pool.map(_sampled, clips), strict=True))
 
 
 def load_set(
@@ -231,13 +243,11 @@ def _words(text: str, row: Utterance) -> str:
     return normalize(strip_tags(text), row.language)
 
 
-def _sampled(audio) -> list | None:
+def _sampled(audio) -> list:
     """Size of a clip and a hash of its middle: what is recorded anew under an old name differs.
 
     Reading whole sets before anything is said would take minutes.
     """
-    if audio is None:
-        return None
     try:
         with audio.open("rb") as file:
             size = file.seek(0, 2)

@@ -16,6 +16,7 @@ from eval.compare import compare, main
 from eval.compare_page import write_comparison
 from eval.languages import LANGUAGES
 from eval.page import SCRIPTS, error_kinds, shade, write_report
+from eval.paired import pairs_of
 from eval.runs import differences
 from higgs_lab.audio import write_wav
 
@@ -282,3 +283,16 @@ def test_a_comparison_of_many_languages_fits_the_terminal(width, tmp_path, capsy
     assert max(map(len, rows)) <= width and all(any(f"│ {c} " in r for r in rows) for c in codes)
     assert printed.count("mean") >= 2 and "B − A" in printed
     assert ("p (Holm)" in printed) == (width > 60)
+
+
+def test_a_single_take_stands_beside_every_take_of_the_other_run(tmp_path):
+    text = "one two three four"
+    takes = [
+        scored("a", text, f"one two {word}", take=n) for n, word in enumerate("three x".split())
+    ]
+    single = [scored("a", text, text)]
+    for a, b in ((takes, single), (single, takes)):
+        runs = [write_run(tmp_path / name, rows, name) for name, rows in (("a", a), ("b", b))]
+        entry = compare(*runs)["comparisons"][0]["metrics"]["error"]["languages"]["en"]
+        assert {entry["a"], entry["b"]} == {0.0, 0.375}
+    assert [(one["take"], two["take"]) for one, two in pairs_of(takes, takes)] == [(0, 0), (1, 1)]
