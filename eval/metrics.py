@@ -155,8 +155,8 @@ def score_clip(
             compact = without_spaces(reference, lang), without_spaces(heard, lang)
         by_char = char_errors(*compact)
         by_unit = word_errors(reference, heard) if unit == "word" else by_char
-        # By words wherever there are any: letters repeat in "1000000", and a block is short.
-        split = str.split if language(lang).unit == "word" else list
+        # By words wherever there are any, whatever a protocol counts: blocks of letters are short.
+        split = str.split if language(lang).unit == "word" else _not_digits
         if failure is None and loops(split(compact[1]), split(compact[0])):
             failure = "loop"
         elif failure is None and _other_language(transcript, lang):
@@ -335,6 +335,11 @@ def _sound(reference: str, audio: AudioFacts | None, human: AudioFacts | None) -
         if human and human.spoken_sec > 0:
             sound["duration_ratio"] = audio.spoken_sec / human.spoken_sec
     return sound
+
+
+def _not_digits(text: str) -> list[str]:
+    """Characters that a loop is made of: the zeros of "1000000" are none."""
+    return [char for char in text if not char.isdigit()]
 
 
 def _other_language(transcript: dict, lang: str) -> bool:

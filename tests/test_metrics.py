@@ -222,6 +222,7 @@ def test_a_loop_is_one_of_words_also_where_a_protocol_counts_characters():
     again = " and the river is long"  # longer than a block of characters that is looked for
     assert failure("and the river is long", "and the river is long" + 4 * again) == "loop"
     assert failure("今天天气好", "今天天气好" + 4 * "天气好", "zh") == "loop"
+    assert failure("卖了一千万", "卖了10000000", "zh") is None
 
 
 def test_of_one_language_the_headline_is_its_row():
