@@ -17,6 +17,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from higgs_lab.runlog import Progress, provenance
 from higgs_lab.tags import check_text, lint_tags
 from higgs_lab.text import max_frames_for
 from recipes.prepare_parts import Clip, encode_parts, identity, load_part, plan_parts, wait_for
+
+if TYPE_CHECKING:
+    from higgs_lab.codec import Codec
 
 # Both serving engines take references of 1 to 30 s (vllm-omni serving_speech.py).
 REF_MIN_SEC, REF_MAX_SEC = 1.0, 30.0
@@ -66,8 +70,11 @@ class PrepareConfig:
             raise ValueError(f"split_valid={self.split_valid}: a share below 1, or a whole number")
 
 
-def main(config: PrepareConfig) -> Path:
-    """Prepare `config.source`; returns the folder written. Safe to run in several processes."""
+def main(config: PrepareConfig, codec: "Codec | None" = None) -> Path:
+    """Prepare `config.source`; returns the folder written. Safe to run in several processes.
+
+    codec: instead of the checkpoint's own.
+    """
     from higgs_lab.codec import Codec
     from higgs_lab.vocab import Vocab
 
@@ -77,7 +84,7 @@ def main(config: PrepareConfig) -> Path:
     rows = open_data(
         config.source, config.hf_split, config.text_column, config.audio_column, check_files=False
     )
-    codec = Codec.from_pretrained(checkpoint.path, device=_device(config.device))
+    codec = codec or Codec.from_pretrained(checkpoint.path, device=_device(config.device))
     fingerprint = _fingerprint(config, rows, codec.hash)
     if _finished(out, fingerprint):
         if rank == 0:

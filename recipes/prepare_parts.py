@@ -32,6 +32,15 @@ class Clip:
     facts: dict  # seconds, hash of the samples, levels; or error
 
 
+@dataclass
+class EncodeTimes:
+    """Where `encode_parts` spent its time."""
+
+    seconds: float = 0.0
+    codec_sec: float = 0.0
+    waiting_sec: float = 0.0  # the codec, for recordings to be read
+
+
 def plan_parts(
     rows: Iterable[Utterance], seconds: dict[str, float], part_sec: float, codec_hash: str
 ) -> dict[str, list[AudioSource]]:
@@ -64,36 +73,40 @@ def encode_parts(
     world: int = 1,
     finished=lambda: False,
     show: bool = True,
-) -> None:
+) -> EncodeTimes:
     """Encode this process's parts that are not on disk yet, one atomic .npz file each.
 
     Decoding and resampling let go of the interpreter, so the next part is read, on all cores, while
     the codec encodes this one; the last line says how long the codec had to wait all the same.
+
+    Returns where the time went.
     """
     mine = list(parts)[rank::world]
     todo = [name for name in mine if not (work / f"{name}.npz").is_file()]
     total, left = (sum(len(parts[name]) for name in names) for names in (mine, todo))
     label = "encode" if world == 1 else f"encode (process 1 of {world})"
-    began, waited = time.monotonic(), 0.0
+    began, times = time.monotonic(), EncodeTimes()
     with (
         ThreadPoolExecutor(min(32, max(2, (os.cpu_count() or 2) // world))) as pool,
         Progress(total, "clips", label, start=total - left, enabled=show) as bar,
     ):
 
         def start(name: str) -> list[Future]:
-            return [pool.submit(_read, s, codec.sample_rate_hz) for s in parts[name]]
+            return [pool.submit(read_recording, s, codec.sample_rate_hz) for s in parts[name]]
 
         ahead = start(todo[0]) if todo else []
         for name, following in zip(todo, [*todo[1:], None], strict=False):
             if finished():
                 pool.shutdown(cancel_futures=True)
-                return
+                return times
             reading, ahead = ahead, start(following) if following else []
             asked = time.monotonic()
             read = [one.result() for one in reading]
-            waited += time.monotonic() - asked
+            got = time.monotonic()
             whole = [index for index, (wav, _) in enumerate(read) if wav is not None]
             codes = codec.encode_batch([read[index][0] for index in whole])
+            times.waiting_sec += got - asked
+            times.codec_sec += time.monotonic() - got
             by_index = dict(zip(whole, codes, strict=True))
             clips = []
             for index, (wav, facts) in enumerate(read):
@@ -105,9 +118,11 @@ def encode_parts(
                 clips.append(Clip(encoded, facts))
             _save_part(work / f"{name}.npz", clips, codec.num_codebooks)
             bar.update(len(read))
+    times.seconds = time.monotonic() - began
     if show and todo:
-        print(f"encoded in {duration(time.monotonic() - began)}, {waited:.1f} s of it waiting for "
-              "the reading")  # fmt: skip
+        print(f"encoded in {duration(times.seconds)}: {times.codec_sec:.1f} s in the codec, "
+              f"{times.waiting_sec:.1f} s waiting for the reading")  # fmt: skip
+    return times
 
 
 def identity(source: AudioSource) -> list:
@@ -119,7 +134,8 @@ def identity(source: AudioSource) -> list:
     return [str(source), stat.st_size, stat.st_mtime_ns]
 
 
-def _read(source: AudioSource, sample_rate_hz: int) -> tuple[np.ndarray | None, dict]:
+def read_recording(source: AudioSource, sample_rate_hz: int) -> tuple[np.ndarray | None, dict]:
+    """(mono samples or None, what `Clip.facts` says of them)."""
     try:
         wav = read_audio(source, sample_rate_hz)
     except (ValueError, OSError) as error:

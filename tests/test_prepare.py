@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higgs_lab.audio import read_audio
@@ -407,6 +407,7 @@ _text = st.sampled_from(["A.", "a. ", "B.", "<|emotion:awe|>B.", "C.", "D.", "E.
 _drawn = st.lists(st.tuples(_text, st.sampled_from([None, None, None, "train", "dev"])), min_size=1)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(_drawn, st.sampled_from([0, 0.1, 0.5, 3]), st.integers(0, 3))
 def test_a_text_is_never_drawn_into_both_sides(pairs, split_valid, seed):
     rows = [{"text": text, "split": split} for text, split in pairs]
