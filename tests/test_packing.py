@@ -11,7 +11,6 @@ from higgs_lab.nano import packing
 from recipes.nano.codec_model import build_codec, decode_codes, encode_codes
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(1, 9), st.integers(1, 40), st.floats(1e-6, 1e3), st.integers(0, 2**31))
 @settings(max_examples=50, deadline=None)
 def test_int8_rows_come_back_within_half_a_step_and_bf16_holds_them(rows, columns, size, seed):
