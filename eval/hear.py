@@ -87,8 +87,10 @@ def hear(
                     lang = languages[key[0]]
                     found[key] = {"heard": transcript is not None, "text": ""}
                     found[key] |= transcript.as_dict() if transcript else {}
-                    # An error may not come again; how much of a runaway is heard is its text's.
-                    if not found[key].get("error") and length(key) <= most_sec(key):
+                    # An error may not come again, a worker may learn a language under its old
+                    # revision, and how much of a runaway is heard is its text's.
+                    kept = transcript is not None and not transcript.error
+                    if kept and length(key) <= most_sec(key):
                         row = {"sha256": speech[key]["sha256"], "language": lang} | found[key]
                         kept_by(lang).put([row])
             for key in todo:  # nothing to hear, so nothing is heard

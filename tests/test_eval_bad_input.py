@@ -187,6 +187,19 @@ def test_a_server_that_dies_mid_run_is_gone_on_with_where_it_stopped(tmp_path, m
     )
 
 
+def test_that_a_worker_did_not_hear_a_language_is_not_kept(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(), 24000)
+    manifest(tmp_path, [{"audio": "a.wav", "text": "one two three", "id": "a"}])
+    judge, script = worker(tmp_path, '"one two three"'), tmp_path / "worker.py"
+    able = script.read_text()
+    script.write_text(able.replace('"revision": "1"', '"revision": "1", "languages": ["zu"]'))
+    kept = "--cache", str(tmp_path / "cache")
+    assert go(tmp_path, judge, "human", *kept)["overall"]["judged"] == 0
+    script.write_text(able)
+    again = go(tmp_path, judge, "human", *kept, "--out", str(tmp_path / "again"))
+    assert again["overall"]["error"]["value"] == 0
+
+
 def test_a_long_text_is_heard_to_its_end_and_a_runaway_is_not(tmp_path):
     text = "a sentence of a long story that goes on and on " * 40  # about two minutes
     for name, seconds in (("long", 150), ("runaway", 150)):
