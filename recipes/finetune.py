@@ -99,7 +99,8 @@ def train(config: TrainConfig) -> None:
         rank=rank,
         world_size=world,
         packs_per_step=config.packs_per_step,
-        pad=compiles(config, accelerator.device),  # a compiled step wants packs of one size
+        # what is compiled, FlexAttention in any case, wants packs of one size
+        pad=compiles(config, accelerator.device) or config.attention == "flex",
     )
 
     model = build_model(config, base.path, accelerator.device, bf16)

@@ -59,6 +59,7 @@ class PrepareConfig:
     audio_column: str | None = None  # audio column of a Hugging Face data set, if unusual
     device: str = "auto"  # cpu, cuda, or auto: this process's GPU if there is one
     part_sec: float = 300.0  # seconds of audio encoded between two saves
+    precision: str = "fp32"  # fp32, the reference; tf32, bf16: faster, some other codes
 
     def __post_init__(self):
         if not MIN_FRAMES / 25 <= self.min_sec < self.max_sec:
@@ -75,9 +76,11 @@ def main(config: PrepareConfig, codec: "Codec | None" = None) -> Path:
 
     codec: instead of the checkpoint's own.
     """
-    from higgs_lab.codec import Codec
+    from higgs_lab.codec import PRECISIONS, Codec
     from higgs_lab.vocab import Vocab
 
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"precision={config.precision}: choose {', '.join(PRECISIONS)}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, checkpoint = Path(config.out), resolve_checkpoint(config.model)
     vocab = Vocab.from_pretrained(checkpoint.path)
@@ -92,14 +95,14 @@ def main(config: PrepareConfig, codec: "Codec | None" = None) -> Path:
         return out
 
     rejects, seconds = screen(rows, config, vocab.added_tokens, show=rank == 0)
+    made_by = codec.hash if config.precision == "fp32" else f"{codec.hash} {config.precision}"
     parts = plan_parts(
-        (row for row in rows if row.id not in rejects), seconds, config.part_sec, codec.hash
+        (row for row in rows if row.id not in rejects), seconds, config.part_sec, made_by
     )
     work = out.with_name(out.name + ".parts")
     work.mkdir(parents=True, exist_ok=True)
-    encode_parts(
-        codec, parts, work, rank, world, lambda: _finished(out, fingerprint), show=rank == 0
-    )
+    finished = lambda: _finished(out, fingerprint)  # noqa: E731
+    encode_parts(codec, parts, work, rank, world, finished, rank == 0, config.precision)
     if rank != 0:
         return out  # the first process writes the result
     wait_for([work / f"{name}.npz" for name in parts])
@@ -258,6 +261,8 @@ def _reject(row: Utterance, reason: str) -> dict:
 def _fingerprint(config: PrepareConfig, rows: list[Utterance], codec_hash: str) -> str:
     """Changes with anything that changes the result."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "part_sec")}
+    if config.precision == "fp32":  # data prepared before there was a choice are the reference
+        del settings["precision"]
     digest = hashlib.sha256(json.dumps([settings, codec_hash]).encode())
     for row in rows:
         files = [identity(s) for s in (row.audio, row.ref_audio) if s is not None]

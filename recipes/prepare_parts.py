@@ -42,12 +42,12 @@ class EncodeTimes:
 
 
 def plan_parts(
-    rows: Iterable[Utterance], seconds: dict[str, float], part_sec: float, codec_hash: str
+    rows: Iterable[Utterance], seconds: dict[str, float], part_sec: float, made_by: str
 ) -> dict[str, list[AudioSource]]:
     """Every recording once, by length, in parts of about `part_sec`; name -> recordings.
 
-    A part is named by what is in it, so a changed file is a new part, and the plan is the same in
-    every process and after a restart.
+    made_by: codec and precision. A part is named by it and by what is in it, so a changed file is a
+    new part, and the plan is the same in every process and after a restart.
     """
     sources = {str(s): s for row in rows for s in (row.audio, row.ref_audio) if s is not None}
     groups: list[list[AudioSource]] = []
@@ -60,7 +60,7 @@ def plan_parts(
         room -= seconds[name]
     parts = {}
     for group in groups:
-        key = json.dumps([codec_hash, [identity(source) for source in group]])
+        key = json.dumps([made_by, [identity(source) for source in group]])
         parts[hashlib.sha256(key.encode()).hexdigest()[:24]] = group
     return parts
 
@@ -73,6 +73,7 @@ def encode_parts(
     world: int = 1,
     finished=lambda: False,
     show: bool = True,
+    precision: str = "fp32",
 ) -> EncodeTimes:
     """Encode this process's parts that are not on disk yet, one atomic .npz file each.
 
@@ -104,7 +105,7 @@ def encode_parts(
             read = [one.result() for one in reading]
             got = time.monotonic()
             whole = [index for index, (wav, _) in enumerate(read) if wav is not None]
-            codes = codec.encode_batch([read[index][0] for index in whole])
+            codes = codec.encode_batch([read[index][0] for index in whole], precision=precision)
             times.waiting_sec += got - asked
             times.codec_sec += time.monotonic() - got
             by_index = dict(zip(whole, codes, strict=True))

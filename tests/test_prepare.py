@@ -302,7 +302,9 @@ def test_several_processes_share_the_work_and_give_the_same_result(
 
     counts, encode = [], Codec.encode_batch
     monkeypatch.setattr(
-        Codec, "encode_batch", lambda self, wavs: counts.append(len(wavs)) or encode(self, wavs)
+        Codec,
+        "encode_batch",
+        lambda self, wavs, **how: counts.append(len(wavs)) or encode(self, wavs, **how),
     )
     config = PrepareConfig(
         manifest, str(nano), str(tmp_path / "out"), split_valid=0.25, part_sec=2.0
@@ -348,7 +350,9 @@ def test_killed_and_started_again_gives_the_same_result(nano, tmp_path, monkeypa
 
     encoded, encode = [], Codec.encode_batch
     monkeypatch.setattr(
-        Codec, "encode_batch", lambda self, wavs: encoded.append(len(wavs)) or encode(self, wavs)
+        Codec,
+        "encode_batch",
+        lambda self, wavs, **how: encoded.append(len(wavs)) or encode(self, wavs, **how),
     )
     for out in ("killed", "whole"):
         encoded.clear()
@@ -386,6 +390,23 @@ def test_a_full_disk_stops_cleanly_and_can_be_resumed(
     assert len(list((tmp_path / "out.parts").iterdir())) == 1
     main(config)
     _same(tmp_path / "out", prepared)
+
+
+def test_a_faster_precision_is_asked_for_by_name_and_not_mixed_with_the_reference(nano, tmp_path):
+    from higgs_lab.codec import Codec
+
+    _wav(tmp_path / "a.wav", 1)
+    source = _source(tmp_path, [{"audio": "a.wav", "text": "A."}])
+    fast = PrepareConfig(source, str(nano), str(tmp_path / "fast"), precision="bf16")
+    with pytest.raises(ValueError, match="choose fp32, tf32, bf16"):
+        main(replace(fast, precision="int8"))
+    main(replace(fast, out=str(tmp_path / "one"), precision="fp32"))
+    with pytest.raises(FileExistsError, match="other settings"):
+        main(replace(fast, out=str(tmp_path / "one")))
+    main(fast)
+    made = load_prepared(tmp_path / "fast")[0]["codes"]
+    codes = Codec.from_pretrained(nano).encode_batch([read_audio(tmp_path / "a.wav")], 120, "bf16")
+    np.testing.assert_array_equal(made, codes[0].numpy())
 
 
 def test_a_changed_recording_is_encoded_again(nano, tmp_path):
@@ -479,4 +500,4 @@ def test_shipped_configs_are_valid(path):
 def test_every_option_explains_itself():
     lines = describe(PrepareConfig).splitlines()
     fields = [i for i, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
-    assert len(fields) == 17 and all(lines[i + 1].startswith("      ") for i in fields)
+    assert len(fields) == 18 and all(lines[i + 1].startswith("      ") for i in fields)
