@@ -124,7 +124,8 @@ class Run:
             self.try_largest()
         pin = accelerator.device.type == "cuda"
         micro = config.packs_per_step // accelerator.num_processes
-        self.batches = Prefetch(self.loader, depth=2 * micro, pin=pin, table=self.host_table)
+        depth = min(2 * micro, 8)  # of 42 MB of pinned text each, at 8192 positions of the 4B
+        self.batches = Prefetch(self.loader, depth=depth, pin=pin, table=self.host_table)
         try:
             if start == 0 and self.valid is not None:
                 self.validate(0)
