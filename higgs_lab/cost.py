@@ -92,21 +92,27 @@ def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def training_gib(
-    shape: Shape, method: str, rank: int, positions: int, checkpointing: str = "none"
+    shape: Shape,
+    method: str,
+    rank: int,
+    positions: int,
+    checkpointing: str = "none",
+    optimizer: str = "adamw",
 ) -> dict[str, float]:
     """GiB by part while `positions` are trained in one pack with bf16 products."""
+    moments = 8 if optimizer == "adamw" else 2 + 8 / 256  # 8 bits, and a scale of each 256
     D, F = shape.hidden, shape.feed_forward
     if method == "full":
-        # fp32 master, gradient and two moments; the bf16 copy that the products use
+        # fp32 master and gradient, two moments; the bf16 copy that the products use
         tables = shape.text_ids * D + shape.table_weights
         weights = (4 + 2) * shape.block_weights + 4 * tables
-        state = 12 * (shape.block_weights + shape.table_weights)
+        state = (4 + moments) * (shape.block_weights + shape.table_weights)
     else:
         lora = shape.lora_weights(rank)
         base = 2 if method == "lora" else 0.53  # NF4 with doubly quantised scales
         # the text table stays on the host, its rows come with the pack: see working
         weights = base * shape.block_weights + 2 * shape.table_weights + 2 * lora
-        state = 16 * lora
+        state = (8 + moments) * lora
     kept = {
         # x, the sum with attention, qkv, the same rotated, attention, gate and up
         "none": 2 * D + 2 * shape.qkv + shape.attended + 2 * F,
@@ -123,13 +129,19 @@ def training_gib(
 
 
 def most_positions(
-    shape: Shape, method: str, rank: int, checkpointing: str, memory_gib: float
+    shape: Shape,
+    method: str,
+    rank: int,
+    checkpointing: str,
+    memory_gib: float,
+    optimizer: str = "adamw",
 ) -> int:
     """The largest pack that fits, in steps of 512; 0: none."""
     step = 512
     fits = 0
     while fits < 64 * step and (
-        training_gib(shape, method, rank, fits + step, checkpointing)["total"] <= memory_gib
+        training_gib(shape, method, rank, fits + step, checkpointing, optimizer)["total"]
+        <= memory_gib
     ):
         fits += step
     return fits
@@ -140,23 +152,26 @@ def main() -> None:
     print("Arithmetic, 4B shape, GiB at a pack of so many positions (bf16 products):\n")
     print("| method | rank | checkpointing | " + " | ".join(map(str, sizes)) + " |")
     print("|---|---|---|" + "---|" * len(sizes))
-    rows = [("lora", r, c) for r in (8, 16, 64) for c in ("none", "selective", "full")]
-    rows += [("qlora", 16, "full"), ("full", 0, "selective"), ("full", 0, "full")]
-    for method, rank, checkpointing in rows:
-        totals = [training_gib(SHAPE_4B, method, rank, n, checkpointing)["total"] for n in sizes]
-        cells = " | ".join(f"{t:.1f}" for t in totals)
-        print(f"| {method} | {rank or '-'} | {checkpointing} | {cells} |")
+    rows = [("lora", r, c, "adamw") for r in (8, 16, 64) for c in ("none", "selective", "full")]
+    rows += [("qlora", 16, "full", "adamw"), ("full", 0, "selective", "adamw")]
+    rows += [("full", 0, "full", "adamw"), ("full", 0, "full", "adamw8bit")]
+    for method, rank, checkpointing, optimizer in rows:
+        needs = [training_gib(SHAPE_4B, method, rank, n, checkpointing, optimizer) for n in sizes]
+        cells = " | ".join(f"{need['total']:.1f}" for need in needs)
+        print(f"| {label(method, optimizer)} | {rank or '-'} | {checkpointing} | {cells} |")
     print("\nArithmetic, the largest pack that fits a card of so many GB (rank 16):\n")
     cards = (12, 16, 24, 48, 80, 141)
     print("| method | checkpointing | " + " | ".join(f"{c} GB" for c in cards) + " |")
     print("|---|---|" + "---|" * len(cards))
-    for method, checkpointing in (
-        ("lora", "none"), ("lora", "selective"), ("lora", "full"), ("qlora", "full"),
-        ("full", "selective"), ("full", "full"),
-    ):  # fmt: skip
-        fits = [most_positions(SHAPE_4B, method, 16, checkpointing, 0.95 * c) for c in cards]
+    for method, checkpointing, optimizer in [(m, c, o) for m, r, c, o in rows if r in (0, 16)]:
+        given = SHAPE_4B, method, 16, checkpointing
+        fits = [most_positions(*given, 0.95 * c, optimizer) for c in cards]
         cells = " | ".join(str(n) if n else "-" for n in fits)
-        print(f"| {method} | {checkpointing} | {cells} |")
+        print(f"| {label(method, optimizer)} | {checkpointing} | {cells} |")
+
+
+def label(method: str, optimizer: str) -> str:
+    return method if optimizer == "adamw" else f"{method}, {optimizer}"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from higgs_lab.attention import VARLEN, attention_kind
 from higgs_lab.batches import Batch, PackedLoader
 from higgs_lab.cost import Shape
 from higgs_lab.fused import fuse
+from higgs_lab.optimizer import make_optimizer
 from higgs_lab.prefetch import Prefetch
 from higgs_lab.prompt import Example, render_example
 from higgs_lab.quantize import quantize_nf4
@@ -101,9 +102,11 @@ def memory(bench: Bench) -> None:
 
 def full(bench: Bench) -> None:
     for checkpointing in ("full", "selective", "none"):
+        measure = partial(ours, bench, method="full", checkpointing=checkpointing)
+        bench.row(f"full fine-tuning, {checkpointing}", measure)
         bench.row(
-            f"full fine-tuning, {checkpointing}",
-            partial(ours, bench, method="full", checkpointing=checkpointing),
+            f"full fine-tuning, {checkpointing}, adamw8bit",
+            partial(measure, optimizer="adamw8bit"),
         )
 
 
@@ -159,9 +162,12 @@ def ours(
     compile: bool | None = None,
     attention: str | None = None,
     quick: bool = False,
+    optimizer: str = "adamw",
 ) -> dict:
     positions = positions or bench.args.positions
-    step, batches, _ = engine(bench, positions, checkpointing, method, rank, compile, attention)
+    step, batches, _ = engine(
+        bench, positions, checkpointing, method, rank, compile, attention, optimizer
+    )
     real = sum(b.real_positions for b in batches) / sum(b.ids.shape[1] for b in batches)
     return figures(bench, lambda i: step(batches[i % len(batches)]), method, real, quick)
 
@@ -188,7 +194,14 @@ def modules(
 
 
 def engine(
-    bench, positions, checkpointing="none", method="lora", rank=None, compile=None, attention=None
+    bench,
+    positions,
+    checkpointing="none",
+    method="lora",
+    rank=None,
+    compile=None,
+    attention=None,
+    optimizer="adamw",
 ) -> tuple[Callable[[Batch], float], list[Batch], HostTable | None]:
     """(a step on a pack, synthetic packs, the host's text table) of the fused blocks."""
     args = bench.args
@@ -203,13 +216,16 @@ def engine(
         model = attach_lora(talker, rank=rank or args.rank)
     compiled = args.compile if compile is None else compile
     fuse(model, kind, checkpointing, compiled, bench.dtype)
-    return stepper(bench, model.train()), packs(bench, positions, table, pad=compiled), table
+    step = stepper(bench, model.train(), optimizer)
+    return step, packs(bench, positions, table, pad=compiled), table
 
 
-def stepper(bench: Bench, model: torch.nn.Module) -> Callable[[Batch], float]:
+def stepper(
+    bench: Bench, model: torch.nn.Module, optimizer: str = "adamw"
+) -> Callable[[Batch], float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     gpu = bench.device.type == "cuda"
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=gpu)
+    optimizer = make_optimizer(trained, optimizer, lr=1e-5, weight_decay=0.0)
     weights = torch.ones(bench.vocab.num_codebooks)
 
     def step(batch: Batch) -> float:

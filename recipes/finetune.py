@@ -26,6 +26,7 @@ from higgs_lab.checkpoint import load_talker, resolve_checkpoint
 from higgs_lab.codec import Codec
 from higgs_lab.config import cli, load_config, one_line_errors, save_config
 from higgs_lab.fused import fuse, unfusable
+from higgs_lab.optimizer import make_optimizer
 from higgs_lab.prepared import load_prepared, prepared_info
 from higgs_lab.quantize import quantize_nf4
 from higgs_lab.resume import saved_steps, trainable_state
@@ -105,13 +106,8 @@ def train(config: TrainConfig) -> None:
 
     model = build_model(config, base.path, accelerator.device, bf16)
     parameters = list(trainable_state(model))
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        weight_decay=config.weight_decay,
-        fused=accelerator.device.type == "cuda",
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, config.optimizer, config.lr, config.weight_decay)
     run = Run(config, accelerator, model, optimizer, vocab, codec, loader, valid, out)
     facts = dict(
         base=asdict(base) | {"path": base.path.name}, codec_hash=codec.hash, processes=world

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from higgs_lab.adapter import TARGETS
 from higgs_lab.attention import KINDS
 from higgs_lab.fused import CHECKPOINTING
+from higgs_lab.optimizer import OPTIMIZERS
 
 
 @dataclass
@@ -31,6 +32,7 @@ class TrainConfig:
     schedule: str = "cosine"  # after the warm-up: cosine, linear or constant
     min_lr_ratio: float = 0.1  # the schedule ends at lr times this
     warmup_steps: int = 20
+    optimizer: str = "adamw"  # adamw; adamw8bit: a quarter of its memory (bitsandbytes)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     codebook_weights: list[float] | None = None  # K weights of the loss; none: all alike
@@ -64,6 +66,7 @@ def check(config: TrainConfig) -> None:
     known = {"method": ("lora", "qlora", "full"), "schedule": ("cosine", "linear", "constant")}
     known |= {"precision": ("auto", "bf16", "fp32"), "attention": ("auto", *KINDS)}
     known |= {"preset": tuple(TARGETS), "checkpointing": CHECKPOINTING}
+    known |= {"optimizer": OPTIMIZERS}
     for name, choices in known.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r}: choose {', '.join(choices)}")

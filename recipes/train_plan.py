@@ -45,7 +45,9 @@ def plan(config: TrainConfig, run: Run, data: TrainingSet, start: int) -> str:
     shape = run.shape
     positions = config.budget_positions if loader.pad else fullest
     if device.type == "cuda":
-        need = training_gib(shape, config.method, config.rank, positions, config.checkpointing)
+        need = training_gib(
+            shape, config.method, config.rank, positions, config.checkpointing, config.optimizer
+        )
         parts = ", ".join(f"{name} {size:.1f}" for name, size in need.items() if name != "total")
         have = torch.cuda.get_device_properties(device).total_memory / GIB
         lines.append(

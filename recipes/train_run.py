@@ -169,7 +169,8 @@ class Run:
         try:
             if not self.optimizer.state:  # the first step makes these, 29 GB of a full fine-tune
                 trained = [p for p in self.model.parameters() if p.requires_grad]
-                moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
+                kind = torch.uint8 if self.config.optimizer == "adamw8bit" else None
+                moments = [torch.zeros_like(p, dtype=kind) for p in trained for _ in range(2)]
             with self.accelerator.no_sync(self.wrapped):
                 loss, _ = self.sums(self.wrapped, batch)
                 self.accelerator.backward(loss * 0)

@@ -38,3 +38,5 @@ def test_memory_falls_with_checkpointing_and_rises_with_all_else():
     assert total(positions=fits, checkpointing="full") <= 24.0
     assert total(positions=fits + 512, checkpointing="full") > 24.0
     assert most_positions(SHAPE_4B, "full", 16, "full", 24.0) == 0
+    eight = training_gib(SHAPE_4B, "full", 0, 8192, "full", "adamw8bit")["total"]
+    assert total("full", checkpointing="full") - eight > 20

@@ -382,6 +382,29 @@ def test_qlora_without_bitsandbytes_names_the_extra(prepared, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+def test_an_eight_bit_optimizer_learns_the_same_and_resumes_exactly(prepared, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install -e .[qlora]; .ci/run does")
+    options = dict(method="full", steps=6, valid_every=0, save_every=3, keep_checkpoints=2)
+    losses = {}
+    for name in ("adamw", "adamw8bit"):
+        losses[name] = curve(run(prepared, tmp_path / name, optimizer=name, **options), "loss")
+    eight, usual = losses["adamw8bit"], losses["adamw"]
+    assert eight[0] == usual[0] and eight[-1] < eight[0] - 0.5 * (usual[0] - usual[-1])
+    files = {n: tmp_path / n / "checkpoints" / "step-6" / "state.pt" for n in losses}
+    assert files["adamw8bit"].stat().st_size < 0.6 * files["adamw"].stat().st_size  # 6 of 12 bytes
+    shutil.rmtree(files["adamw8bit"].parent)
+    shutil.rmtree(tmp_path / "adamw8bit" / "model")
+    again = run(prepared, tmp_path / "adamw8bit", optimizer="adamw8bit", **options)
+    assert curve(again, "loss") == eight
+
+
+def test_adamw8bit_without_bitsandbytes_names_the_extra(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"higgs_lab\[qlora\].*or use optimizer=adamw"):
+        run(prepared, tmp_path / "run", optimizer="adamw8bit")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_sharding_launcher_is_refused(prepared, tmp_path, monkeypatch):
     from accelerate import Accelerator
 
