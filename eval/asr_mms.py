@@ -145,19 +145,21 @@ def load_mms(
         raise ValueError("fp16 recognition needs a GPU: leave it off on a CPU")
     path, commit, _ = _resolve(source, spec)
     at = {"revision": commit} if commit else {}
+    flat = f"recogniser {spec!r} has no adapters by language: give a model like {DEFAULT}"
     try:
         model = Wav2Vec2ForCTC.from_pretrained(path, **at)
-        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(path, **at)
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(path, **at)
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"recogniser {spec!r} cannot be loaded as a Wav2Vec2 CTC model: {error}"
         ) from error
+    try:
+        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(path, **at)
+    except KeyError as error:  # one alphabet for all, and no key of the language it names
+        raise ValueError(flat) from error
     nested = all(isinstance(alphabet, dict) for alphabet in tokenizer.vocab.values())
     if model.config.adapter_attn_dim is None or not nested:
-        raise ValueError(
-            f"recogniser {spec!r} has no adapters by language: give a model like {DEFAULT}"
-        )
+        raise ValueError(flat)
     model.eval().to(device, torch.float16 if fp16 else torch.float32)
     return MmsRecognizer(model, tokenizer, extractor, spec, batch, commit)
 

@@ -200,13 +200,8 @@ class Codec:
 @contextmanager
 def exact_float32():
     """No TF32 and no autotuned convolutions: codes must not depend on the card or the batch."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    saved = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    cuda.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
-    try:
+    with _switches(matmul_tf32=False, convolution_tf32=False):
         yield
-    finally:
-        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = saved
 
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -216,16 +211,33 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 def arithmetic(precision: str, device: torch.device):
     """fp32: the reference, exact. tf32: its products in TF32 (CUDA). bf16: autocast.
 
-    These flags are of the whole process, and compiled code of other threads is compiled anew when
-    matmul's changes; so bf16, which has no use for it, leaves that alone.
+    Compiled code of other threads is compiled anew when matmul's switch changes; so bf16, which
+    has no use for it, leaves it alone.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
-    with exact_float32():
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
+    matmul = None if precision == "bf16" else precision == "tf32"
+    with (
+        _switches(matmul_tf32=matmul, convolution_tf32=precision != "fp32"),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        yield
+
+
+@contextmanager
+def _switches(matmul_tf32: bool | None, convolution_tf32: bool):
+    """TF32 on or off, for the whole process; None leaves matmul's as it is. No autotuning."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    if matmul_tf32 is not None:
+        matmul.allow_tf32 = matmul_tf32
+    cudnn.allow_tf32, cudnn.benchmark = convolution_tf32, False
+    try:
+        yield
+    finally:
+        if matmul_tf32 is not None:
+            matmul.allow_tf32 = saved[0]
+        cudnn.allow_tf32, cudnn.benchmark = saved[1:]
 
 
 def _batches(

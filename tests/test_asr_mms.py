@@ -95,5 +95,5 @@ def test_what_is_no_mms_model_is_refused(folder, tmp_path):
         load_recognizer(f"mms:{folder}", "cpu", fp16=True)
     flat = shutil.copytree(folder, tmp_path / "flat")
     (flat / "vocab.json").write_text('{"<pad>": 0, "a": 1}')
-    with pytest.raises(ValueError, match="no adapters by language|no Wav2Vec2 CTC model"):
+    with pytest.raises(ValueError, match="has no adapters by language"):
         load_recognizer(f"mms:{flat}", "cpu")

@@ -374,11 +374,17 @@ def test_ragged_decoding_is_decoding_one_by_one(nano):
     assert not any(m._forward_pre_hooks for m in codec.model.acoustic_decoder.modules())
 
 
-def test_decoding_in_bf16_leaves_matmul_as_compiled_code_of_other_threads_knows_it():
-    guard = torch._C._dynamo.guards.GlobalStateGuard()
-    with arithmetic("bf16", torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            assert guard.check(), guard.reason()
+@pytest.mark.parametrize("tf32", [False, True])
+def test_decoding_in_bf16_leaves_matmul_as_compiled_code_of_other_threads_knows_it(tf32):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        guard = torch._C._dynamo.guards.GlobalStateGuard()
+        with arithmetic("bf16", torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                assert guard.check(), guard.reason()
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_other_precisions_are_asked_for_by_name(nano):
