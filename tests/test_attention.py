@@ -7,7 +7,7 @@ import torch
 
 from higgs_lab.attention import documents, packed_mask, packed_positions, varlen_available
 from higgs_lab.batches import pack
-from tests.tiny import run_one, three_examples, tiny_talker
+from tests.tiny import pad_examples, run_one, three_examples, tiny_talker
 
 
 def test_the_mask_of_two_documents_by_hand():
@@ -40,18 +40,13 @@ def test_trap33_packed_is_one_by_one(pad_to):
 @torch.no_grad()
 def test_trap33_packed_is_padded():
     talker, examples = tiny_talker(scale=4), three_examples()
-    longest = max(map(len, examples))
-
-    def column(name):
-        values = [getattr(e, name) for e in examples]
-        return torch.stack(
-            [torch.cat([v, v.new_zeros(longest - len(v), *v.shape[1:])]) for v in values]
-        )
-
-    mask = torch.stack([(torch.arange(longest) < len(e)).long() for e in examples])
-    padded = talker(column("ids"), column("is_audio"), column("rows"), attention_mask=mask).logits
+    columns = pad_examples(examples)
+    inputs = {name: columns[name] for name in ("ids", "is_audio", "rows", "attention_mask")}
+    padded = talker(**inputs).logits
     packed = talker(**pack(examples).inputs()).logits[0]
-    torch.testing.assert_close(packed, padded[mask.bool()], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        packed, padded[columns["attention_mask"].bool()], atol=2e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()

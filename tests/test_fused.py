@@ -14,7 +14,7 @@ from higgs_lab.batches import pack
 from higgs_lab.cost import GIB, Shape, training_gib
 from higgs_lab.fused import CHECKPOINTING, fuse, unfusable
 from higgs_lab.loss import LossSums, codebook_loss
-from tests.tiny import run_one, three_examples, tiny_talker
+from tests.tiny import pad_examples, run_one, three_examples, tiny_talker
 
 WEIGHTS = torch.linspace(0.5, 1.5, 8)
 WAYS = ["attention", "attention_mlp", "attention_mlp_table", "full"]
@@ -71,19 +71,11 @@ def test_fused_blocks_give_the_modules_loss_and_gradients(way):
 
 def test_packed_is_padded_is_one_by_one_in_loss_and_gradient():
     examples, made = three_examples(), model("attention_mlp")
-    longest = max(map(len, examples))
-
-    def column(name):
-        values = [getattr(e, name) for e in examples]
-        return torch.stack(
-            [torch.cat([v, v.new_zeros(longest - len(v), *v.shape[1:])]) for v in values]
-        )
-
-    mask = torch.stack([(torch.arange(longest) < len(e)).long() for e in examples])
-    logits = made(column("ids"), column("is_audio"), column("rows"), attention_mask=mask).logits
-    sums = codebook_loss(
-        logits.flatten(0, 1), column("labels").flatten(0, 1), column("supervised").flatten(0, 1)
-    )
+    columns = pad_examples(examples)
+    inputs = {name: columns[name] for name in ("ids", "is_audio", "rows", "attention_mask")}
+    logits = made(**inputs).logits
+    labels, supervised = (columns[name].flatten(0, 1) for name in ("labels", "supervised"))
+    sums = codebook_loss(logits.flatten(0, 1), labels, supervised)
     loss, _ = sums.weighted(WEIGHTS)
     (loss / 100).backward()
     grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}

@@ -111,6 +111,21 @@ def three_examples() -> list[Example]:
     ]
 
 
+def pad_examples(examples: list[Example]) -> dict[str, Tensor]:
+    """Every column of the examples as one padded batch [B, L, ...], and its attention_mask."""
+    longest = max(map(len, examples))
+
+    def column(name: str) -> Tensor:
+        values = [getattr(example, name) for example in examples]
+        return torch.stack(
+            [torch.cat([v, v.new_zeros(longest - len(v), *v.shape[1:])]) for v in values]
+        )
+
+    names = ("ids", "is_audio", "rows", "labels", "supervised")
+    mask = torch.stack([(torch.arange(longest) < len(e)).long() for e in examples])
+    return {name: column(name) for name in names} | {"attention_mask": mask}
+
+
 def run_one(talker: Talker, sequence: Prompt, **kwargs) -> Tensor:
     """Logits [L, K, V] of one sequence alone."""
     batch = (sequence.ids[None], sequence.is_audio[None], sequence.rows[None])

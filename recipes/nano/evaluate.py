@@ -1,6 +1,6 @@
 """What the nano family reaches on held-out voices and sentences: every figure of its model card.
 
-    python -m recipes.nano.evaluate                        # judges, codec and talker
+    python -m recipes.nano.evaluate                        # judges, codec, talker, a fine-tune
     python -m recipes.nano.evaluate --parts whisper ecapa  # a part alone
 
 All speech is made here by espeak-ng from voices and texts that no part was trained on.
