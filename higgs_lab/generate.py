@@ -24,6 +24,7 @@ from higgs_lab.sampling import (
     advance,
     chosen_log_probs,
     codes_from_rows,
+    draw_keys,
     keep_probabilities,
     mask_logits,
     max_rows,
@@ -42,6 +43,7 @@ __all__ = [
     "SamplingTensors",
     "advance",
     "codes_from_rows",
+    "draw_keys",
     "generate",
     "generate_each",
     "generate_naive",
@@ -191,7 +193,7 @@ class _Run:
 
     def __init__(self, requests, num_codebooks, codebook_size, device, log_probs):
         self.requests = requests
-        self.options = SamplingTensors.of(requests, codebook_size, device)
+        self.options = SamplingTensors.of(requests, codebook_size, device, num_codebooks)
         self.modes = {
             mode: torch.tensor([r.mode == mode for r in requests], device=device)
             for mode in sorted({r.mode for r in requests})

@@ -144,15 +144,22 @@ def codes_from_rows(rows: Tensor, mode: str) -> Tensor:
     return codes[:-1] if mode == "vllm" and len(codes) >= 2 else codes
 
 
-def uniforms(seeds: Tensor, step: int | Tensor, num_codebooks: int) -> Tensor:
-    """[B, K] numbers in [0, 1), a hash of (seed, step, codebook): splitmix64, top 24 bits.
+def draw_keys(seeds: Tensor, num_codebooks: int) -> Tensor:
+    """Seeds [B] -> [B, K], where the draws of each codebook begin."""
+    book = torch.arange(num_codebooks, device=seeds.device)
+    return _mix(_mix(seeds)[:, None] + book * 0x632BE59BD9B4E019)
+
+
+def uniforms(keys: Tensor, step: int | Tensor) -> Tensor:
+    """[B, K] numbers in [0, 1) of a step: splitmix64 from `draw_keys` on, top 24 bits.
+
+    The codebooks stand in keys, for a compiled `arange` times a 64-bit number is cut to 32 bits
+    (torch 2.11).
 
     step: one for all, or [B].
     """
-    book = torch.arange(num_codebooks, device=seeds.device)
     step = step[:, None] if isinstance(step, Tensor) else step
-    x = _mix(_mix(seeds)[:, None] + step * 0x9E3779B9 + 1) + book * 0x632BE59BD9B4E019
-    return (_shift(_mix(x), 40)).float() / 2**24
+    return (_shift(_mix(keys + step * 0x9E3779B9), 40)).float() / 2**24
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -168,17 +175,21 @@ def _mix(x: Tensor) -> Tensor:
 
 @dataclass
 class SamplingTensors:
-    """`Sampling` of a batch as tensors [B, 1, 1]; seeds [B]."""
+    """`Sampling` of a batch as tensors [B, 1, 1]; keys [B, K] of the draws."""
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     greedy: Tensor
-    seeds: Tensor
+    keys: Tensor
 
     @classmethod
     def of(
-        cls, requests: Sequence[Sampling], size: int, device: torch.device | str
+        cls,
+        requests: Sequence[Sampling],
+        size: int,
+        device: torch.device | str,
+        num_codebooks: int = 8,
     ) -> SamplingTensors:
         def column(values, dtype):
             return torch.tensor(list(values), dtype=dtype, device=device)[:, None, None]
@@ -190,7 +201,10 @@ class SamplingTensors:
             top_k=column((r.top_k or size for r in requests), torch.long),
             top_p=column((r.top_p for r in requests), torch.float32),
             greedy=column((r.greedy for r in requests), torch.bool),
-            seeds=torch.tensor([r.seed for r in requests], dtype=torch.long, device=device),
+            keys=draw_keys(
+                torch.tensor([r.seed for r in requests], dtype=torch.long, device=device),
+                num_codebooks,
+            ),
         )
 
 
@@ -223,7 +237,7 @@ def sample(logits: Tensor, options: SamplingTensors, step: int | Tensor) -> Tens
     probs, ids = keep_probabilities(logits, options)
     by_id = torch.zeros_like(probs).scatter(-1, ids, probs)
     cumulative = by_id.cumsum(-1)
-    u = uniforms(options.seeds, step, logits.shape[1])[..., None]
+    u = uniforms(options.keys, step)[..., None]
     place = (cumulative <= u * cumulative[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
     possible = by_id.gather(-1, place[..., None])[..., 0] > 0  # rounding must not pick what was cut
     return torch.where(options.greedy[..., 0] | ~possible, best, place)

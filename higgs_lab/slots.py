@@ -56,7 +56,7 @@ class Slots:
         self.position, self.step, self.limit = zeros(), zeros(), zeros()
         self.active, self.ended = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
         self.state = RampState.start(size, device)
-        self.options = SamplingTensors.of([Sampling()] * size, engine.codebook_size, device)
+        self.options = SamplingTensors.of([Sampling()] * size, engine.codebook_size, device, K)
         self.vllm = zeros(dtype=torch.bool)
         self.out = zeros(rows + 1, K, dtype=torch.short)  # one to spare: an idle slot writes on
         self.chances = zeros(rows + 1, K, dtype=torch.float32) if log_probs else None
@@ -104,7 +104,7 @@ class Slots:
     def per_slot(self) -> list[Tensor]:
         """Every buffer of a slot but the cache."""
         options = self.options
-        more = [options.temperature, options.top_k, options.top_p, options.greedy, options.seeds]
+        more = [options.temperature, options.top_k, options.top_p, options.greedy, options.keys]
         extra = [] if self.chances is None else [self.chances]
         return [*self.small(), self.first, self.limit, self.vllm, self.out, *more, *extra]
 
@@ -154,7 +154,8 @@ class Slots:
         self.state.done[index] = False
         self.vllm[index] = column(r.sampling.mode == "vllm" for r in requests)
         settings = [r.sampling for r in requests]
-        new = SamplingTensors.of(settings, self.engine.codebook_size, device)
+        engine = self.engine
+        new = SamplingTensors.of(settings, engine.codebook_size, device, engine.num_codebooks)
         for name, value in vars(new).items():
             getattr(self.options, name)[index] = value
 

@@ -15,6 +15,7 @@ from higgs_lab.sampling import (
     SamplingTensors,
     advance,
     codes_from_rows,
+    draw_keys,
     keep_probabilities,
     mask_logits,
     sample,
@@ -205,7 +206,8 @@ def test_draws_have_the_distribution_that_was_kept():
 def test_draws_of_seeds_steps_and_codebooks_are_independent():
     """A poor mix would make all codebooks, steps or seeds move together."""
     seeds = torch.tensor([0, 1, 2, 42, -1, 2**40])
-    u = torch.stack([uniforms(seeds, step, K) for step in range(4000)])  # [steps, seeds, K]
+    keys = draw_keys(seeds, K)
+    u = torch.stack([uniforms(keys, step) for step in range(4000)])  # [steps, seeds, K]
     assert float(u.min()) >= 0 and float(u.max()) < 1
     assert float((u.mean(0) - 0.5).abs().max()) < 0.02
     assert float((u.var(0) - 1 / 12).abs().max()) < 0.005
@@ -226,7 +228,8 @@ def test_one_codebook_of_a_row_does_not_tell_another():
 @given(seed=st.integers(-(2**62), 2**62), step=st.integers(0, 4000))
 def test_a_draw_hangs_on_seed_step_and_codebook_alone(seed, step):
     mates = torch.tensor([5, seed, 9])
-    assert torch.equal(uniforms(mates, step, K)[1], uniforms(torch.tensor([seed]), step, K)[0])
+    alone = draw_keys(torch.tensor([seed]), K)
+    assert torch.equal(uniforms(draw_keys(mates, K), step)[1], uniforms(alone, step)[0])
 
 
 def test_ties_are_broken_the_same_whatever_the_mates_knobs_are():
