@@ -51,34 +51,49 @@ class Site:
         return pairs
 
     def forth(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [N, I] -> outputs [N, O], and x A' [N, P], which the way back wants."""
+        """x [N, I] -> outputs [N, O], and x A' [N, P], which the way back wants.
+
+        Whichever of input and output is smaller is touched once more: [x | x A'] is one product, or
+        the adapters' part is added in fp32, which is no pass of its own where what follows is
+        compiled.
+        """
         if not self.downs:
             return F.linear(x, self.whole), None
         low = F.linear(x, self.down)
+        if self.outputs < self.inputs:
+            base, ups = self.whole[: self.outputs].split((self.inputs, low.shape[1]), dim=1)
+            return F.linear(x, base).float() + F.linear(low, ups).float(), low
         return F.linear(torch.cat([x, low], dim=1), self.whole[: self.outputs]), low
 
-    def back(self, dy: Tensor, x: Tensor, low: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """dy [N, O], the input and `low` of forth -> dx and the gradients of `trained`."""
+    def back(
+        self, dys: list[Tensor], x: Tensor, low: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """dys: the gradient of each layer's outputs [N, O_j]; the input and `low` of forth.
+
+        -> terms of the input's gradient [N, I], and the gradients of `trained`. Terms and parts
+        stay apart, since to join them would be a pass over large tensors, and `_total` is none
+        inside of a compiled kernel.
+        """
+        parts = self.whole[: self.outputs].split([dy.shape[1] for dy in dys])
         if self.masters:
-            parts = dy.split([len(master) for master in self.masters], dim=1)
-            return dy @ self.whole, [part.t() @ x for part in parts]
+            return [dy @ w for dy, w in zip(dys, parts, strict=True)], [dy.t() @ x for dy in dys]
         if not self.downs:
-            return dy @ self.whole, []
-        if self.outputs < self.inputs:  # dy is the smaller one to read once more
-            d_low = dy @ self.whole[: self.outputs, self.inputs :]
-            dx = torch.cat([dy, d_low], dim=1) @ self.whole[:, : self.inputs]
+            return [dy @ w for dy, w in zip(dys, parts, strict=True)], []
+        if self.outputs < self.inputs and len(dys) == 1:  # dy is the smaller one to read once more
+            d_low = dys[0] @ self.whole[: self.outputs, self.inputs :]
+            terms = [torch.cat([dys[0], d_low], dim=1) @ self.whole[:, : self.inputs]]
         else:
-            wide = dy @ self.whole[: self.outputs]
-            d_low = wide[:, self.inputs :]
-            dx = torch.addmm(wide[:, : self.inputs], d_low, self.down)
-        d_down, d_up = d_low.t() @ x, dy.t() @ low  # [P, I], [O, P]
-        downs, ups, row, column = [], [], 0, 0
-        for up in self.ups:
-            outputs, rank = up.shape
-            downs.append(d_down[column : column + rank] * self.scale)
-            ups.append(d_up[row : row + outputs, column : column + rank])
-            row, column = row + outputs, column + rank
-        return dx, downs + ups
+            wide = [dy @ w for dy, w in zip(dys, parts, strict=True)]
+            d_low = _total([w[:, self.inputs :] for w in wide])
+            terms = [w[:, : self.inputs] for w in wide] + [d_low @ self.down]
+        d_down = d_low.t() @ x  # [P, I]
+        downs, ups, column = [], [], 0
+        for dy, up in zip(dys, self.ups, strict=True):
+            place = slice(column, column + up.shape[1])
+            downs.append(d_down[place] * self.scale)
+            ups.append(dy.t() @ low[:, place])
+            column += up.shape[1]
+        return terms, downs + ups
 
 
 @dataclass
@@ -121,11 +136,11 @@ def before(x: Tensor, block: Block, cos: Tensor, sin: Tensor, head_dim: int, eps
 def after(x: Tensor, attended: Tensor, block: Block, eps: float):
     """x and attended [N, H d] -> the block's output; and what the way back wants."""
     made, low_out = block.out.forth(attended)
-    middle = x + made
+    middle = (x + made).to(x.dtype)
     gate_up, low_gate_up = block.gate_up.forth(rms_norm(middle, block.mlp_norm, eps))
     gate, up = gate_up.chunk(2, dim=-1)
     made, low_down = block.down.forth(F.silu(gate) * up)
-    return middle + made, middle, gate_up, low_out, low_gate_up, low_down
+    return (middle + made).to(x.dtype), middle, gate_up, low_out, low_gate_up, low_down
 
 
 def after_back(
@@ -138,13 +153,13 @@ def after_back(
         gate_up, low_gate_up = block.gate_up.forth(normed)
     gate, up = gate_up.chunk(2, dim=-1)
     acted = F.silu(gate)
-    d_acted, of_down = block.down.back(dy, acted * up, low_down)
+    terms, of_down = block.down.back([dy], acted * up, low_down)
+    d_acted = _total(terms)
     d_gate = torch.ops.aten.silu_backward(d_acted * up, gate)
-    d_gate_up = torch.cat([d_gate, d_acted * acted], dim=1)
-    d_normed, of_gate_up = block.gate_up.back(d_gate_up, normed, low_gate_up)
+    d_normed, of_gate_up = block.gate_up.back([d_gate, d_acted * acted], normed, low_gate_up)
     d_middle, of_norm = _rms_norm_back(d_normed, middle, block.mlp_norm, eps, dy)
-    d_attended, of_out = block.out.back(d_middle, attended, low_out)
-    return d_middle, d_attended, [*of_out, *of_gate_up, *of_down], of_norm
+    terms, of_out = block.out.back([d_middle], attended, low_out)
+    return d_middle, _total(terms), [*of_out, *of_gate_up, *of_down], of_norm
 
 
 def before_back(
@@ -153,10 +168,10 @@ def before_back(
 ):  # fmt: skip
     """-> gradients of x, of qkv's site, and of the norms of block, q and k."""
     q, k, _ = _heads(qkv, block, head_dim)
-    dq, of_q = _rms_norm_back(_rotate_back(dq, cos, sin), q, block.q_norm, eps)
-    dk, of_k = _rms_norm_back(_rotate_back(dk, cos, sin), k, block.k_norm, eps)
-    d_qkv = torch.cat([dq.flatten(1), dk.flatten(1), dv.flatten(1)], dim=1)
-    d_normed, of_qkv = block.qkv.back(d_qkv, rms_norm(x, block.norm, eps), low)
+    dq, of_q = _rms_norm_back([_rotate_back(dq, cos, sin)], q, block.q_norm, eps)
+    dk, of_k = _rms_norm_back([_rotate_back(dk, cos, sin)], k, block.k_norm, eps)
+    parts = [t.flatten(1) for t in (dq, dk, dv)]
+    d_normed, of_qkv = block.qkv.back(parts, rms_norm(x, block.norm, eps), low)
     dx, of_norm = _rms_norm_back(d_normed, x, block.norm, eps, d_middle)
     return dx, of_qkv, [*of_norm, *of_q, *of_k]
 
@@ -173,10 +188,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rms_norm_back(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None
+    terms: list[Tensor], x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradient of x, plus `more` that reaches it past the norm; and [that of a trained weight]."""
-    wide, dy = x.float(), dy.float()
+    """Gradient of x, plus `more` that reaches it past the norm; and [that of a trained weight].
+
+    terms: of the output's gradient.
+    """
+    wide, dy = x.float(), _total(terms, torch.float32)
     scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     normed, pulled = wide * scale, dy * weight.float()
     dx = scale * (pulled - normed * (pulled * normed).mean(-1, keepdim=True))
@@ -184,6 +202,14 @@ def _rms_norm_back(
         dx = dx + more.float()
     of_weight = [(dy * normed).flatten(0, -2).sum(0)] if weight.requires_grad else []
     return dx.to(x.dtype), of_weight
+
+
+def _total(terms: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The sum, taken in fp32."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total.float() + term.float()
+    return total.to(dtype or terms[0].dtype)
 
 
 def _rotate_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

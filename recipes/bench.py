@@ -137,7 +137,7 @@ class Bench:
         return talker.requires_grad_(False).eval()
 
 
-def timed(step: Callable[[int], float], row_sec: float, warm: int = 2, least: int = 3) -> dict:
+def timed(step: Callable[[int], float], row_sec: float, warm: int = 5, least: int = 3) -> dict:
     """Call step(i), which returns how much it did, for at least row_sec and `least` times.
 
     Gives per_sec; per_cpu_sec, of all threads, which says more where others use the machine; steps;

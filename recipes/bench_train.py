@@ -313,8 +313,9 @@ def packs(
     pool = examples(bench, 4 * count * positions // 400, seed=1)
     lengths = [len(e) for e in pool]
     loader = PackedLoader(lengths, lambda i, _: pool[i], positions, pad=pad)
-    found = [batch for batch, _ in zip(loader, range(count), strict=False)]
-    return ready(found, table, bench.device.type == "cuda")
+    made = [batch for batch, _ in zip(loader, range(3 * count), strict=False)]
+    full = sorted(made, key=lambda b: -b.real_positions)[:count]  # not the rest of a small pool
+    return ready(full, table, bench.device.type == "cuda")
 
 
 def ready(batches: list[Batch], table: HostTable | None, pin: bool) -> list[Batch]:

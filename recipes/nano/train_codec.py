@@ -18,6 +18,7 @@ from torch import Tensor
 from higgs_lab.nano.packing import codec_core, expand_codec, pack, round_trip, wants_int8
 from recipes.nano.codec_model import DECODER_HIDDEN, TrainableRVQ, build_codec, encode_hidden
 from recipes.nano.common import Clock, atomically, autocast, options, state_of
+from recipes.nano.discriminator import Discriminator
 from recipes.nano.pool import SpeechPool, add_floor
 
 SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))  # window, mel bands
@@ -33,7 +34,7 @@ def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
     return filters.to(device)
 
 
-def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
+def spectral_loss(fake: Tensor, real: Tensor, line: float = 0.25) -> Tensor:
     """Mean L1 of log-mel over five windows, plus L1 of log magnitudes on three of them."""
     total = fake.new_zeros(())
     for n_fft, bands in SCALES:
@@ -47,7 +48,7 @@ def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
         if n_fft >= 512:
             a, b = both.chunk(2)
             total = (
-                total + 0.25 * (a.clamp(min=2e-3).log10() - b.clamp(min=2e-3).log10()).abs().mean()
+                total + line * (a.clamp(min=2e-3).log10() - b.clamp(min=2e-3).log10()).abs().mean()
             )
             total = total + 0.1 * (a - b).norm() / (b.norm() + 1e-6)
     return total
@@ -94,6 +95,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__, seconds=360, hours=20, batch=64, lr=1.2e-3)
     parser.add_argument("--decoder-hidden", type=int, default=DECODER_HIDDEN)
     parser.add_argument("--warm-steps", type=int, default=200, help="without codebooks")
+    parser.add_argument("--crop-frames", type=int, default=25, help="of 40 ms")
+    parser.add_argument(
+        "--adversary",
+        type=float,
+        default=0.4,
+        help="share of the time before it joins; 1: never",
+    )
+    parser.add_argument("--line", type=float, default=0.25, help="weight of linear spectra")
+    parser.add_argument("--wave", type=float, default=0.0, help="weight of the wave itself")
     parser.add_argument(
         "--compile",
         default="inductor" if torch.cuda.is_available() else "",
@@ -112,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = [model.acoustic_encoder, model.acoustic_decoder, model.fc, model.fc2, model.quantizer]
     parameters = [p for part in parts for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    adversary = Discriminator().to(device)
+    opponent = torch.optim.AdamW(adversary.parameters(), lr=3e-4, betas=(0.8, 0.99))
     if args.compile:
         fuse_snakes(model, args.compile)
     pool = SpeechPool(args.data, device, args.hours)
@@ -122,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     while clock.tick(optimizer):
         if clock.step % 200 == 100:
             pool.refresh()
-        clip = crops(pool, args.batch)
+        clip = crops(pool, args.batch, 960 * args.crop_frames)
         with autocast(args):
             hidden = encode_hidden(model, clip)
         if clock.step <= warm:
@@ -138,8 +150,21 @@ def main(argv: list[str] | None = None) -> None:
         with autocast(args):
             acoustic = model.fc2(quantised.transpose(1, 2)).transpose(1, 2)
             fake = model.acoustic_decoder(acoustic)[:, 0]
-        loss = spectral_loss(fake.float(), clip)
+        fake = fake.float()
+        loss = spectral_loss(fake, clip, args.line)
         total = loss + 0.1 * commit + 0.1 * left
+        if args.wave:
+            total = total + args.wave * (fake - clip).abs().mean() / clip.abs().mean()
+        told = score = distance = loss.new_zeros(())
+        if clock.progress >= args.adversary:
+            with autocast(args):
+                told = adversary.loss(fake.detach(), clip)
+            opponent.zero_grad(set_to_none=True)
+            told.backward()
+            opponent.step()
+            with autocast(args):
+                score, distance = adversary.judge(fake, clip)
+            total = total + 0.1 * score + 0.5 * distance
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
@@ -147,7 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         if clock.to_log():
             print(
                 f"codec {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.4f} commit "
-                f"{commit.item():.3f} left {left.item():.3f} hours {pool.hours:.1f}",
+                f"{commit.item():.3f} left {left.item():.3f} told {told.item():.3f} "
+                f"score {score.item():.3f} features {distance.item():.3f} hours {pool.hours:.1f}",
                 flush=True,
             )
         if clock.step > warm and clock.to_save():
