@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 ENCODER_HIDDEN, DECODER_HIDDEN = 12, 384
 SEMANTIC_HIDDEN = 32
+LEVEL = 0.08  # of the family's speech
 ACOUSTIC_HIDDEN = 256  # the serving engine's decoder input; must stay
 
 
@@ -63,13 +64,37 @@ def build_codec(**sizes: int):
     from transformers import HiggsAudioV2TokenizerModel
 
     model = HiggsAudioV2TokenizerModel(codec_config(**sizes))
-    with torch.no_grad():
-        model.fc.weight[:, ACOUSTIC_HIDDEN:] = 0
-        for part in (model.acoustic_encoder, model.acoustic_decoder):
-            for module in part.modules():
-                if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                    module.reset_parameters()  # 0.02 everywhere lets thin layers start almost mute
+    _start_linear(model)
     return model
+
+
+@torch.no_grad()
+def _start_linear(model) -> None:
+    """Weights with which encoder and decoder begin as almost linear maps that keep the level.
+
+    From the usual start (0.02 everywhere, or PyTorch's own, and alpha 1) the wave comes out as
+    noise of the right colour and stays so for thousands of steps: nothing tells the encoder to pass
+    on a phase. From this one waves begin to match after a hundred steps.
+    """
+    parts = (model.acoustic_encoder, model.acoustic_decoder)
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            fan_in = module.in_channels * module.kernel_size[0]
+            if isinstance(module, nn.ConvTranspose1d):
+                fan_in /= module.stride[0]  # what reaches one sample
+            nn.init.normal_(module.weight, 0, fan_in**-0.5)
+            nn.init.zeros_(module.bias)
+        elif type(module).__name__ == "Snake1d":
+            module.alpha.fill_(0.1)  # x + sin(alpha x)^2 / alpha
+    for module in (module for part in parts for module in part.modules()):
+        if type(module).__name__ == "DacResidualUnit":
+            module.conv2.weight.mul_(0.1)
+    model.acoustic_encoder.conv1.weight.div_(LEVEL)
+    model.acoustic_decoder.conv2.weight.mul_(LEVEL)
+    for layer in (model.fc, model.fc2):
+        nn.init.normal_(layer.weight, 0, ACOUSTIC_HIDDEN**-0.5)
+        nn.init.zeros_(layer.bias)
+    model.fc.weight[:, ACOUSTIC_HIDDEN:] = 0
 
 
 def encode_hidden(model, wav: Tensor) -> Tensor:
@@ -122,6 +147,17 @@ def refresh_codec(path: Path | None, state: dict, device):
     return state.get("codec")
 
 
+def _project_on_most(layer, x: Tensor) -> None:
+    """project_in and project_out of a quantiser onto the principal directions of x [N, hidden]."""
+    mean = x.mean(0)
+    _, directions = torch.linalg.eigh((x - mean).T @ (x - mean))  # the largest last
+    basis = directions[:, -layer.project_in.out_features :]
+    layer.project_in.weight.copy_(basis.T)
+    layer.project_in.bias.copy_(-mean @ basis)
+    layer.project_out.weight.copy_(basis)
+    layer.project_out.bias.copy_(mean)
+
+
 class TrainableRVQ(nn.Module):
     """Straight-through residual quantisation over the model's quantisers, with EMA codebooks."""
 
@@ -132,9 +168,11 @@ class TrainableRVQ(nn.Module):
 
     @torch.no_grad()
     def start(self, hidden: Tensor, rounds: int = 12) -> None:
-        """k-means of every codebook on real data, each on what the ones before left over."""
+        """k-means of every codebook on real data, each on what the ones before left over, in the
+        directions where that varies most."""
         residual = hidden.float().transpose(1, 2)
         for layer in self.quantizer.quantizers:
+            _project_on_most(layer, residual.flatten(0, 1))
             x = layer.project_in(residual).flatten(0, 1)
             book = layer.codebook
             centres = x[torch.randperm(len(x), device=x.device)[: book.codebook_size]].clone()

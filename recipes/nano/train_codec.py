@@ -16,7 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from higgs_lab.nano.packing import codec_core, expand_codec, pack, round_trip, wants_int8
-from recipes.nano.codec_model import DECODER_HIDDEN, TrainableRVQ, build_codec, encode_hidden
+from recipes.nano.codec_model import (
+    DECODER_HIDDEN,
+    LEVEL,
+    TrainableRVQ,
+    build_codec,
+    encode_hidden,
+)
 from recipes.nano.common import Clock, atomically, autocast, options, state_of
 from recipes.nano.discriminator import Discriminator
 from recipes.nano.pool import SpeechPool, add_floor
@@ -34,7 +40,7 @@ def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
     return filters.to(device)
 
 
-def spectral_loss(fake: Tensor, real: Tensor, line: float = 0.25) -> Tensor:
+def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
     """Mean L1 of log-mel over five windows, plus L1 of log magnitudes on three of them."""
     total = fake.new_zeros(())
     for n_fft, bands in SCALES:
@@ -48,7 +54,7 @@ def spectral_loss(fake: Tensor, real: Tensor, line: float = 0.25) -> Tensor:
         if n_fft >= 512:
             a, b = both.chunk(2)
             total = (
-                total + line * (a.clamp(min=2e-3).log10() - b.clamp(min=2e-3).log10()).abs().mean()
+                total + 0.5 * (a.clamp(min=2e-3).log10() - b.clamp(min=2e-3).log10()).abs().mean()
             )
             total = total + 0.1 * (a - b).norm() / (b.norm() + 1e-6)
     return total
@@ -94,7 +100,7 @@ def finish(model, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = options(__doc__, seconds=360, hours=20, batch=64, lr=1.2e-3)
     parser.add_argument("--decoder-hidden", type=int, default=DECODER_HIDDEN)
-    parser.add_argument("--warm-steps", type=int, default=200, help="without codebooks")
+    parser.add_argument("--warm", type=float, default=0.2, help="share of the time without codes")
     parser.add_argument("--crop-frames", type=int, default=25, help="of 40 ms")
     parser.add_argument(
         "--adversary",
@@ -102,8 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         default=0.4,
         help="share of the time before it joins; 1: never",
     )
-    parser.add_argument("--line", type=float, default=0.25, help="weight of linear spectra")
-    parser.add_argument("--wave", type=float, default=0.0, help="weight of the wave itself")
+    parser.add_argument("--wave", type=float, default=1.0, help="weight of the wave, after --warm")
     parser.add_argument(
         "--compile",
         default="inductor" if torch.cuda.is_available() else "",
@@ -121,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     rvq = TrainableRVQ(model.quantizer).to(device)
     parts = [model.acoustic_encoder, model.acoustic_decoder, model.fc, model.fc2, model.quantizer]
     parameters = [p for part in parts for p in part.parameters()]
+    alphas = [m.alpha.data for m in model.modules() if type(m).__name__ == "Snake1d"]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
     adversary = Discriminator().to(device)
     opponent = torch.optim.AdamW(adversary.parameters(), lr=3e-4, betas=(0.8, 0.99))
@@ -129,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     pool = SpeechPool(args.data, device, args.hours)
     pool.wait(min(1.0, args.hours))
     test = SpeechPool(args.test, device, 1.0) if args.test else None
-    warm = 0 if args.init else args.warm_steps  # steps as a plain autoencoder
+    started = bool(args.init)  # with codes; before, it is a plain autoencoder of waves
     clock = Clock(args, warm_steps=100)
     while clock.tick(optimizer):
         if clock.step % 200 == 100:
@@ -137,24 +143,27 @@ def main(argv: list[str] | None = None) -> None:
         clip = crops(pool, args.batch, 960 * args.crop_frames)
         with autocast(args):
             hidden = encode_hidden(model, clip)
-        if clock.step <= warm:
+        if not started and clock.progress < args.warm:
             quantised, commit, left = hidden.float(), hidden.new_zeros(()), hidden.new_zeros(())
         else:
-            if clock.step == warm + 1 and not args.init:
-                with torch.no_grad():
+            if not started:
+                started = True
+                with torch.no_grad(), autocast(args):
                     seen = crops(pool, START_CROPS).split(args.batch)
                     rvq.start(torch.cat([encode_hidden(model, c) for c in seen]))
-            some = torch.rand(args.batch, device=device) < 0.3  # quantiser dropout
+            some = torch.rand(args.batch, device=device) < 0.15  # quantiser dropout
             keep = torch.where(some, torch.randint(1, 9, (args.batch,), device=device), 8)
             quantised, commit, left = rvq(hidden, keep)
         with autocast(args):
             acoustic = model.fc2(quantised.transpose(1, 2)).transpose(1, 2)
             fake = model.acoustic_decoder(acoustic)[:, 0]
         fake = fake.float()
-        loss = spectral_loss(fake, clip, args.line)
-        total = loss + 0.1 * commit + 0.1 * left
-        if args.wave:
-            total = total + args.wave * (fake - clip).abs().mean() / clip.abs().mean()
+        loss = spectral_loss(fake, clip)
+        wave = (fake - clip).square().mean() / LEVEL**2
+        if started:
+            total = loss + args.wave * wave + 0.1 * commit + 0.1 * left
+        else:
+            total = 0.2 * loss + 5 * wave
         told = score = distance = loss.new_zeros(())
         if clock.progress >= args.adversary:
             with autocast(args):
@@ -169,14 +178,16 @@ def main(argv: list[str] | None = None) -> None:
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
         optimizer.step()
+        torch._foreach_clamp_min_(alphas, 0.02)  # Snake divides by them
         if clock.to_log():
             print(
-                f"codec {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.4f} commit "
+                f"codec {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.3f} wave "
+                f"{wave.item():.3f} commit "
                 f"{commit.item():.3f} left {left.item():.3f} told {told.item():.3f} "
                 f"score {score.item():.3f} features {distance.item():.3f} hours {pool.hours:.1f}",
                 flush=True,
             )
-        if clock.step > warm and clock.to_save():
+        if started and clock.to_save():
             save(model, args)
     report(model, rvq, test or pool)
     finish(model, args)
