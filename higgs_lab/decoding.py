@@ -55,8 +55,11 @@ class Decoder:
             while waiting or busy:
                 self._admit(waiting, busy, reached, limit, look, graphs)
                 size = self._compact(busy, reached, graphs)
-                longest = max(reached.values()) + look - 1
-                length = min(_at_least(longest, LENGTHS), slots.length) if graphs else longest
+                length = max(reached.values()) + look - 1
+                if self.engine.split_kv:  # reads what each slot has: one recording a batch size
+                    length = slots.length
+                elif graphs:
+                    length = min(_at_least(length, LENGTHS), slots.length)
                 for _ in range(look):
                     if graphs:
                         slots.replay(size, length, *flags)

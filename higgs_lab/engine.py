@@ -7,8 +7,11 @@ modules' weights become views of them, so training, saving and merging see what 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +53,8 @@ class Engine:
         self.device, self.dtype = self.table.device, self.table.dtype
         books = torch.arange(self.num_codebooks, device=self.device)
         self.offsets = books * self.codebook_size
+        heads = (self.heads, self.kv_heads, self.head_dim)
+        self.split_kv = _split_kv_runs(self.device, self.dtype, *heads)
         self.pointers = _pointers(talker)
         self._compiled: dict[str, Callable] = {}
 
@@ -127,12 +132,19 @@ class Engine:
         gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, layer.down)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, hidden: Tensor | None
+    ) -> Tensor:
         """One query a slot over its cache: q [B, H, d], caches [B, H_kv, C, d] -> [B, H d].
 
-        hidden: what is added to the scores, [B, 1, 1, C], 0 or -inf. The heads that share a
-        key-value head are laid as queries of that head, so no key is repeated.
+        lengths: [B] positions that each slot may see, read where `split_kv`. hidden, elsewhere:
+        what is added to the scores, [B, 1, 1, C], 0 or -inf; none where all C may be seen.
         """
+        if self.split_kv:
+            from higgs_lab.decode_attention import decode_attention
+
+            return decode_attention(q.contiguous(), keys, values, lengths).flatten(1)
+        # heads that share a key-value head are laid as queries of that head: no key is repeated
         B = len(q)
         grouped = q.reshape(B, self.kv_heads, -1, self.head_dim)
         if hidden is not None:
@@ -179,6 +191,42 @@ class Engine:
         if batch > 1:
             for tensor in tensors:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+@cache
+def _split_kv_runs(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> bool:
+    """Whether `decode_attention` runs here, shown by a trial against SDPA.
+
+    For half precision on a GPU: the products of fp32 would be TF32's. Triton may be missing, the
+    C compiler that it calls too, and a card may have too little shared memory.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not half or find_spec("triton") is None:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from higgs_lab.decode_attention import decode_attention, fits
+
+    if not fits(heads, kv_heads, head_dim):
+        return False
+    random = torch.Generator(device).manual_seed(0)
+    q, keys, values = (
+        torch.randn(2, *shape, head_dim, generator=random, device=device, dtype=dtype)
+        for shape in ((heads,), (kv_heads, 90), (kv_heads, 90))
+    )
+    lengths = torch.tensor([90, 7], device=device)
+    seen = (torch.arange(90, device=device) < lengths[:, None])[:, None, None]
+    try:
+        found = decode_attention(q, keys, values, lengths)
+    except Exception as error:  # Triton's own errors share no class, a missing compiler's neither
+        warnings.warn(f"Triton does not run here, speaking is slower: {error}", stacklevel=2)
+        return False
+    groups = heads // kv_heads
+    wide = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
+    wanted = F.scaled_dot_product_attention(q[:, :, None], *wide, attn_mask=seen)[:, :, 0]
+    return bool((found - wanted).float().norm() < 0.02 * wanted.float().norm())
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

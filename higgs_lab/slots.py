@@ -173,7 +173,7 @@ class Slots:
         """One row further for the first `size` slots, whose caches hold at most `length`.
 
         All reads and writes are of static buffers; nothing here may wait for the device. exact:
-        all slots are at `length`, so that nothing needs to be hidden.
+        all slots are at `length`, so that SDPA needs nothing hidden.
         """
         engine = self.engine
         part = slice(0, size)
@@ -181,8 +181,8 @@ class Slots:
         fed = engine.embed_rows(self.rows[part])
         x = torch.where(self.fresh[part, None], self.first[part], fed)
         cos, sin = self.rope[0][position, None], self.rope[1][position, None]
-        hidden = None
-        if not exact:
+        lengths, hidden = position + 1, None
+        if not exact and not engine.split_kv:
             at = torch.arange(length, device=engine.device)
             hidden = torch.zeros(size, length, dtype=engine.dtype, device=engine.device)
             hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
@@ -193,7 +193,8 @@ class Slots:
             engine.any_batch(size, x, cos, sin, number, position)
         for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
             q = project(x, layer, cos, sin, keys, values, number, position)
-            attended = engine.attend(q, keys[part, :, :length], values[part, :, :length], hidden)
+            seen = (keys[part, :, :length], values[part, :, :length])
+            attended = engine.attend(q, *seen, lengths, hidden)
             if compile:
                 engine.any_batch(size, attended)
             x = finish(x, attended, layer)

@@ -1,0 +1,138 @@
+"""Attention of one query a slot over a ragged cache, as two Triton kernels.
+
+Split-KV decoding (flash-decoding, Dao et al. 2023; the running softmax is FlashAttention's): each
+slot's keys are cut into parts of equal length, each part keeps its own maximum, sum and weighted
+values, a second kernel joins them. A slot's keys are read up to its own length, where SDPA reads
+all slots up to the longest and hides the rest with a mask; the query heads that share a key-value
+head are rows of one product, so that no key is read twice.
+
+Needs Triton when imported; `engine.Engine` imports it where it runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # keys at a time
+ROWS = 16  # of a product, the fewest that tl.dot takes: query heads a key-value head, padded
+MAX_SPLITS = 16
+PROGRAMS = 264  # that fill a GPU: two for each of 132 multiprocessors (H100, H200)
+
+
+def fits(heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether the kernels are made for such heads."""
+    return heads // kv_heads <= ROWS and head_dim in (16, 32, 64, 128, 256)
+
+
+def splits_of(slots: int, kv_heads: int) -> int:
+    """Parts of each slot's cache.
+
+    It follows from shapes alone, for a CUDA graph keeps it while the lengths grow.
+    """
+    splits = 1
+    while splits < MAX_SPLITS and 2 * splits * slots * kv_heads <= PROGRAMS:
+        splits *= 2
+    return splits
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, splits: int | None = None
+) -> Tensor:
+    """q [B, H, d] over the first `lengths` [B] positions of caches [B, H_kv, C, d] -> [B, H, d].
+
+    Query head h looks at key-value head h // (H / H_kv). The caches may be views of equal strides;
+    what lies beyond a length is never read. Lengths are at least 1. Sums are fp32. A slot's result
+    depends on its own tensors and `splits` alone, by default `splits_of`: another number of batch
+    mates may round it otherwise, other mates may not. Raises ValueError for strides it cannot read.
+    """
+    B, H, d = q.shape
+    kv_heads = keys.shape[1]
+    if splits is None:
+        splits = splits_of(B, kv_heads)
+    if keys.stride() != values.stride() or keys.stride()[2:] != (d, 1) or not q.is_contiguous():
+        raise ValueError(
+            "q must be contiguous, keys and values equally strided and dense in their last two "
+            f"dimensions; strides are {q.stride()}, {keys.stride()}, {values.stride()}"
+        )
+    out = torch.empty_like(q)
+    parts, best, weight = out, out, out
+    if splits > 1:
+        parts = torch.empty(B * H * splits, d, dtype=torch.float32, device=q.device)
+        best, weight = torch.empty(2, B * H * splits, dtype=torch.float32, device=q.device)
+    shape = dict(SPLITS=splits, GROUP=H // kv_heads, D=d, BLOCK=BLOCK, ROWS=ROWS)
+    strides = keys.stride()[:2]
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        _attend_part[(B, kv_heads, splits)](
+            q, keys, values, lengths, parts, best, weight, *strides, d**-0.5, **shape, num_warps=4
+        )
+        if splits > 1:
+            _join_parts[(B * H,)](parts, best, weight, out, SPLITS=splits, D=d, num_warps=2)
+    return out
+
+
+@triton.jit
+def _attend_part(
+    q, keys, values, lengths, out, best, weight, slot_stride, head_stride, scale,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One part of one slot's keys, for the GROUP query heads of one key-value head.
+
+    A part without keys leaves a maximum of -inf and zeros, which count for nothing when joined.
+    """
+    slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + slot).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    start = part * share
+    end = tl.minimum(start + share, length)
+    row, column = tl.arange(0, ROWS), tl.arange(0, D)
+    mine = row < GROUP
+    heads = tl.num_programs(1) * GROUP
+    place = slot * heads + head * GROUP + row
+    query = tl.load(q + place[:, None] * D + column[None, :], mask=mine[:, None], other=0.0)
+    # 64 bits: the cache of 256 slots of 8192 positions has 2^31 elements
+    base = slot.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, D], tl.float32)
+    for at in range(start, end, BLOCK):
+        position = at + tl.arange(0, BLOCK)
+        inside = position < end
+        key = tl.load(
+            keys + base + position[None, :] * D + column[:, None], mask=inside[None, :], other=0.0
+        )
+        scores = tl.where(inside[None, :], tl.dot(query, key) * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shrink, chance = tl.exp(top - higher), tl.exp(scores - higher[:, None])
+        value = tl.load(
+            values + base + position[:, None] * D + column[None, :],
+            mask=inside[:, None],
+            other=0.0,
+        )
+        sums = sums * shrink[:, None] + tl.dot(chance.to(value.dtype), value)
+        total = total * shrink + tl.sum(chance, 1)
+        top = higher
+    if SPLITS == 1:
+        found = (sums / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] * D + column[None, :], found, mask=mine[:, None])
+    else:
+        place = place * SPLITS + part
+        tl.store(out + place[:, None] * D + column[None, :], sums, mask=mine[:, None])
+        tl.store(best + place, top, mask=mine)
+        tl.store(weight + place, total, mask=mine)
+
+
+@triton.jit
+def _join_parts(parts, best, weight, out, SPLITS: tl.constexpr, D: tl.constexpr):
+    """The parts of one query head, each scaled to the highest maximum."""
+    row = tl.program_id(0)
+    split, column = tl.arange(0, SPLITS), tl.arange(0, D)
+    top = tl.load(best + row * SPLITS + split)
+    shrink = tl.exp(top - tl.max(top, 0))
+    total = tl.sum(shrink * tl.load(weight + row * SPLITS + split), 0)
+    sums = tl.load(parts + (row * SPLITS + split)[:, None] * D + column[None, :])
+    found = tl.sum(sums * shrink[:, None], 0) / total
+    tl.store(out + row * D + column, found.to(out.dtype.element_ty))

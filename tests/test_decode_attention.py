@@ -1,0 +1,121 @@
+"""The Triton kernels against SDPA, on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import ROOT
+
+# query heads, key-value heads, head width, lengths, splits
+CASES = [
+    (4, 4, 16, (1, 1), 1),
+    (4, 2, 16, (1, 130, 64), 1),
+    (4, 1, 32, (65, 1, 128, 7), 2),
+    (4, 2, 128, (200, 1), 4),
+    (2, 2, 16, (3, 300), 16),
+]
+
+
+def wanted(q, keys, values, lengths) -> torch.Tensor:
+    """SDPA in fp32, one slot after another."""
+    groups = q.shape[1] // keys.shape[1]
+    found = []
+    for one, key, value, length in zip(q, keys, values, lengths, strict=True):
+        seen = (t[:, :length].float().repeat_interleave(groups, dim=0) for t in (key, value))
+        found.append(F.scaled_dot_product_attention(one.float()[:, None], *seen)[:, 0])
+    return torch.stack(found)
+
+
+def tensors(case, dtype, device="cpu"):
+    """q, and caches cut out of larger ones, in which NaN stands wherever nobody may look."""
+    heads, kv_heads, width, lengths, _ = case
+    random = torch.Generator(device).manual_seed(0)
+    q = torch.randn(len(lengths), heads, width, generator=random, device=device).to(dtype)
+    shape = (len(lengths) + 2, kv_heads, 320, width)
+    caches = torch.randn(2, *shape, generator=random, device=device).to(dtype)
+    for slot, length in enumerate(lengths):
+        caches[:, slot, :, length:] = float("nan")
+    lengths = torch.tensor(lengths, device=device)
+    return q, *(cache[: len(lengths), :, :310] for cache in caches), lengths
+
+
+def interpreted() -> None:
+    """Runs in a process of its own, for Triton must know at its import that it shall interpret."""
+    from higgs_lab.decode_attention import decode_attention
+
+    errors = []
+    for case in CASES:
+        for dtype in (torch.float32, torch.float16):
+            inputs = tensors(case, dtype)
+            found = decode_attention(*inputs, case[-1])
+            assert found.dtype == dtype
+            errors.append(float((found.float() - wanted(*inputs)).abs().max()))
+    inputs = tensors(CASES[1], torch.float16)
+    together = decode_attention(*inputs, 2)
+    alone = [decode_attention(*(t[i : i + 1] for t in inputs), 2) for i in range(3)]
+    print(json.dumps({"errors": errors, "mates": torch.equal(together, torch.cat(alone))}))
+
+
+def spoken() -> None:
+    """Speech as on a GPU: idle slots, moves, growth; prints which takes are the slow twin's."""
+    from higgs_lab import decode_attention, decoding
+    from higgs_lab.decoding import Decoder
+    from higgs_lab.engine import Engine
+    from higgs_lab.generate import generate_naive
+    from higgs_lab.slots import requests_of
+    from tests.test_decoding import ragged, same
+    from tests.tiny import tiny_talker
+
+    decoding.LENGTHS, decoding.SIZES, decoding.STEPS_PER_LOOK = (32, 48, 96), (1, 2, 4), 4
+    decode_attention.MAX_SPLITS = 2  # the interpreter is slow
+    keys = set()
+    decoding.Slots.replay = lambda self, *key: (keys.add(key[:2]), self.step_once(*key))
+    talker = tiny_talker(scale=6)
+    prompts, settings = ragged(3)
+    settings = [replace(s, max_frames=1 + 2 * i) for i, s in enumerate(settings)]
+    engine = Engine(talker)
+    engine.split_kv = True
+    with torch.no_grad():
+        made = dict(Decoder(engine).run(requests_of(prompts, settings, 8), 2, graphs=True))
+    twins = [generate_naive(talker, *pair) for pair in zip(prompts, settings, strict=True)]
+    print(json.dumps([[same(made[i], twin) for i, twin in enumerate(twins)], sorted(keys)]))
+
+
+def run(name: str):
+    pytest.importorskip("triton")
+    code = f"from tests.test_decode_attention import {name}; {name}()"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_it_is_sdpa_over_each_slots_own_length():
+    found = run("interpreted")
+    assert len(found["errors"]) == 2 * len(CASES)
+    assert max(found["errors"][0::2]) < 1e-5  # fp32
+    assert max(found["errors"][1::2]) < 2e-3  # fp16
+    assert found["mates"]
+
+
+def test_speech_is_the_slow_twins_with_one_recording_a_batch_size():
+    same, keys = run("spoken")
+    assert same == [True] * 3
+    sizes = [size for size, _ in keys]
+    assert len(set(sizes)) > 1 and all(length in (32, 48, 96) for _, length in keys)
+
+
+def test_splits_fill_a_gpu_and_no_more():
+    pytest.importorskip("triton")
+    from higgs_lab.decode_attention import PROGRAMS, splits_of
+
+    assert [splits_of(n, 8) for n in (1, 2, 4, 16, 64, 256)] == [16, 16, 8, 2, 1, 1]
+    assert all(splits_of(n, 8) * n * 8 <= PROGRAMS for n in range(1, 33))
