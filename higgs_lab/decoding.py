@@ -49,12 +49,15 @@ class Decoder:
         modes = tuple(sorted({r.sampling.mode for r in requests}))
         flags = (modes, any(not r.sampling.greedy for r in requests), compile)
         limit = min(slots.size, max_batch or slots.size)
+        # one slot has compiled functions of its own, which the last of many is not worth
+        several = len(requests) > 1 and limit > 1
+        least = 2 if compile and several else 1
         busy: dict[int, Request] = {}
         reached: dict[int, int] = {}  # positions in the cache, as last seen
         try:
             while waiting or busy:
-                self._admit(waiting, busy, reached, limit, look, graphs)
-                size = self._compact(busy, reached, graphs)
+                self._admit(waiting, busy, reached, limit, look, graphs, compile and several)
+                size = self._compact(busy, reached, graphs, least)
                 length = max(reached.values()) + look - 1
                 if self.engine.split_kv:  # reads what each slot has: one recording a batch size
                     length = slots.length
@@ -93,7 +96,9 @@ class Decoder:
         self.slots = Slots(self.engine, size, length, rows, log_probs)
         return self.slots
 
-    def _admit(self, waiting, busy, reached, limit: int, look: int, graphs: bool) -> None:
+    def _admit(
+        self, waiting, busy, reached, limit: int, look: int, graphs: bool, compile: bool
+    ) -> None:
         free = [s for s in range(limit) if s not in busy]
         while waiting and free:
             part: list[Request] = []
@@ -105,7 +110,7 @@ class Decoder:
                 part.append(waiting.popleft())
             taken, free = free[: len(part)], free[len(part) :]
             self._reserve(max(len(r.prompt) for r in part) + look + 1, graphs)
-            self.slots.admit(taken, part)
+            self.slots.admit(taken, part, compile)
             for slot, request in zip(taken, part, strict=True):
                 busy[slot], reached[slot] = request, len(request.prompt)
         self._reserve(max(reached.values()) + look + 1, graphs)
@@ -116,10 +121,10 @@ class Decoder:
             more = max(length, slots.length * 3 // 2)
             slots.grow(_at_least(length, LENGTHS) if graphs else more)
 
-    def _compact(self, busy, reached, graphs: bool) -> int:
+    def _compact(self, busy, reached, graphs: bool, least: int) -> int:
         """The number of slots to step, the busy ones moved to the front where that saves a size."""
         top = max(busy) + 1
-        size = _at_least(len(busy), SIZES) if graphs else len(busy)
+        size = max(least, _at_least(len(busy), SIZES) if graphs else len(busy))
         if _at_least(top, SIZES) <= size if graphs else top <= size:
             return min(size, self.slots.size)
         holes = [s for s in range(len(busy)) if s not in busy]

@@ -115,15 +115,19 @@ class Engine:
         k = F.rms_norm(k, (self.head_dim,), layer.k_norm, self.eps)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
-    def cached_project(
+    def packed_project(
         self, x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
         slots: Tensor, position: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """`project`, with k and v written into the caches [slots, H_kv, C, d]; returns q."""
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """`project`, with k and v written into the caches [slots, H_kv, C, d] too."""
         q, k, v = self.project(x, layer, cos, sin)
         keys[slots, :, position] = k
         values[slots, :, position] = v
-        return q
+        return q, k, v
+
+    def cached_project(self, *args) -> Tensor:
+        """`packed_project` where q is all that is wanted: k need not be stored twice."""
+        return self.packed_project(*args)[0]
 
     def finish(self, x: Tensor, attended: Tensor, layer: Layer) -> Tensor:
         """The rest of a block: x [N, D] before it, attended [N, H d]."""
@@ -131,6 +135,27 @@ class Engine:
         h = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.eps)
         gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, layer.down)
+
+    def finish_one(self, x: Tensor, attended: Tensor, layer: Layer) -> Tensor:
+        """`finish` of one request, compiled as two functions.
+
+        In one, silu(gate) * up may be computed anew within the sum of every row of `down` (torch
+        2.11). Gate and up are products of their own, so that one kernel sums both and stores
+        silu(gate) * up alone.
+        """
+        widen, lower = self.compiled(self.widen, 1), self.compiled(self.lower, 1)
+        return lower(*widen(x, attended, layer, *layer.gate_up.chunk(2)), layer)
+
+    def widen(
+        self, x: Tensor, attended: Tensor, layer: Layer, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, D] and attended [N, H d] -> x after attention, silu(gate) * up [N, F]."""
+        x = x + F.linear(attended, layer.out)
+        h = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.eps)
+        return x, F.silu(F.linear(h, gate)) * F.linear(h, up)
+
+    def lower(self, x: Tensor, wide: Tensor, layer: Layer) -> Tensor:
+        return x + F.linear(wide, layer.down)
 
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, hidden: Tensor | None
@@ -154,21 +179,24 @@ class Engine:
 
     def prefill(
         self, x: Tensor, position: Tensor, slot: Tensor, bounds: list[int],
-        cache: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor],
+        cache: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], compile: bool,
     ) -> None:  # fmt: skip
         """Fill the caches from packed documents: x [N, D], position and slot [N] of each row.
 
         bounds: where the documents begin and end, 0 to N. What follows the last block's keys and
-        values is left out, for nobody reads it.
+        values is left out, for nobody reads it. compile: for any N, caches of several slots.
         """
         cos, sin = rope[0][position, None], rope[1][position, None]
+        project, finish = self.packed_project, self.finish
+        if compile and len(x) > 1:
+            project, finish = self.compiled(project, len(x)), self.compiled(finish, len(x))
+            self.any_batch(len(x), x, cos, sin, slot, position)
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, cache, strict=True)):
-            q, k, v = self.project(x, layer, cos, sin)
-            keys[slot, :, position] = k
-            values[slot, :, position] = v
+            q, k, v = project(x, layer, cos, sin, keys, values, slot, position)
             if i + 1 < len(self.layers):
-                attended = packed_attention(q, k, v, bounds)
-                x = self.finish(x, attended.flatten(1), layer)
+                attended = packed_attention(q, k, v, bounds).flatten(1)
+                self.any_batch(len(x), attended)
+                x = finish(x, attended, layer)
 
     def compiled(self, function: Callable, batch: int) -> Callable:
         """A function compiled for one request, or for any number of them.

@@ -120,7 +120,7 @@ class Slots:
         self.active[index] = False
         self.position[index] = 0
 
-    def admit(self, slots: list[int], requests: list[Request]) -> None:
+    def admit(self, slots: list[int], requests: list[Request], compile: bool = False) -> None:
         """Put requests into free slots: their prompts into the cache, their settings beside it."""
         engine, device = self.engine, self.engine.device
         prompts = [r.prompt for r in requests]
@@ -138,7 +138,7 @@ class Slots:
         if bounds[-1]:
             kept = body.nonzero()[:, 0].to(device)
             there = (position[body].to(device), slot[body].to(device))
-            engine.prefill(x[kept], *there, bounds, self.cache, self.rope)
+            engine.prefill(x[kept], *there, bounds, self.cache, self.rope, compile)
 
     def _write(self, index: Tensor, requests: list[Request], first: Tensor) -> None:
         device = self.engine.device
@@ -188,8 +188,8 @@ class Slots:
             hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
         project, finish, pick = engine.cached_project, engine.finish, next_row
         if compile:
-            project, finish = engine.compiled(project, size), engine.compiled(finish, size)
-            pick = engine.compiled(pick, size)
+            project, pick = engine.compiled(project, size), engine.compiled(pick, size)
+            finish = engine.finish_one if size == 1 else engine.compiled(finish, size)
             engine.any_batch(size, x, cos, sin, number, position)
         for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
             q = project(x, layer, cos, sin, keys, values, number, position)
@@ -202,10 +202,12 @@ class Slots:
         options = SamplingTensors(*(t[part] for t in vars(self.options).values()))
         mine = self.vllm[part]
         named = {"vllm": mine, "sglang": ~mine}
-        at = self.step[part]
-        row, after, masked = pick(
-            engine.logits(x), options, state, at, {m: named[m] for m in modes}, draw
-        )
+        named = {mode: named[mode] for mode in modes}
+        at, logits = self.step[part], engine.logits(x)
+        if compile:
+            several = (*vars(options).values(), *vars(state).values(), *named.values())
+            engine.any_batch(size, logits, at, *several)
+        row, after, masked = pick(logits, options, state, at, named, draw)
         self.out[number, at] = row.short()
         if self.chances is not None:
             self.chances[number, at] = chosen_log_probs(masked, row, options)

@@ -90,6 +90,37 @@ def test_the_gpu_schedule_gives_the_same(talker, monkeypatch):
     assert all(key[1] in decoding.LENGTHS for key in steps)
 
 
+def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypatch):
+    """What torch.compile makes of the functions, without a C++ compiler."""
+    from torch._dynamo.utils import counters
+
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    prompts, settings = ragged(9)
+
+    def speak(decoder: Decoder, which: list[int], max_batch: int) -> None:
+        requests = requests_of([prompts[i] for i in which], [settings[i] for i in which], 8)
+        with torch.no_grad():
+            for i, one in decoder.run(requests, max_batch, compile=True):
+                assert same(one, slow[which[i]])
+
+    decoder = Decoder(Engine(talker))
+    speak(decoder, list(range(9)), 4)
+    # prompts into the cache, a row into it, the rest of a block, the choice of a row
+    many = counters["stats"]["unique_graphs"]
+    assert many == 4
+    speak(decoder, [1, 7, 2, 4, 8], 3)
+    speak(decoder, [7, 0, 5], 2)
+    assert counters["stats"]["unique_graphs"] == many
+    speak(Decoder(decoder.engine), [3], 1)
+    assert counters["stats"]["unique_graphs"] == many + 4  # the rest of a block in two
+    torch._dynamo.reset()
+
+
 def test_results_come_as_they_end_and_a_caller_may_leave(talker, slow):
     prompts, settings = ragged(6)
     order = [i for i, _ in generate_each(talker, prompts, settings, max_batch=2)]
