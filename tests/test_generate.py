@@ -111,7 +111,7 @@ def test_a_capped_request_stays_capped_whatever_its_mates_do():
     """It idles while others go on; an EOC drawn in that time is not its end."""
     talker, prompt = tiny_talker(), three_prompts()[0]
     torch.nn.init.zeros_(talker.model.norm.weight)  # all logits equal: every draw is uniform
-    even = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=25)
+    even = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=24)
     short, long = replace(even, max_frames=8), replace(even, max_frames=100)
     capped, ended = generate(talker, [prompt, prompt], [short, long])
     assert len(ended.codes) > 20  # the request idled through its mate's EOC
