@@ -65,7 +65,7 @@ def test_a_packaged_codec_is_complete_and_speaks_the_same(narrow, tmp_path):
     assert state.keys() == narrow.state_dict().keys()
     book = "quantizer.quantizers.3.codebook."
     assert torch.equal(state[book + "embed_avg"], 5 * state[book + "embed"])  # facts trap 14
-    loaded = load_codec(tmp_path / "codec.safetensors", "cpu", decoder_hidden=48, encoder_hidden=8)
+    loaded = load_codec(tmp_path / "codec.safetensors", "cpu")
     assert torch.equal(loaded.quantizer.quantizers[3].codebook.embed, state[book + "embed"])
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ENCODER_HIDDEN, DECODER_HIDDEN = 12, 384
+ENCODER_HIDDEN, DECODER_HIDDEN = 16, 512  # no channel count that tensor cores would pad
 SEMANTIC_HIDDEN = 32
 LEVEL = 0.08  # of the family's speech
 ACOUSTIC_HIDDEN = 256  # the serving engine's decoder input; must stay
@@ -124,12 +124,16 @@ def encode_codes(model, wav: Tensor) -> Tensor:
     return quantise(model, encode_hidden(model, wav))
 
 
-def load_codec(path: Path, device, **sizes: int):
-    """A narrow codec from a trained or a packaged file; sizes as `build_codec` takes them."""
+def load_codec(path: Path, device):
+    """A narrow codec from a trained or a packaged file, as wide as that is."""
     from higgs_lab.nano.packing import expand_codec
 
-    model = build_codec(**sizes)
-    model.load_state_dict(expand_codec(path, None))
+    state = expand_codec(path, None)
+    model = build_codec(
+        decoder_hidden=state["acoustic_decoder.conv1.weight"].shape[0],
+        encoder_hidden=state["acoustic_encoder.conv1.weight"].shape[0],
+    )
+    model.load_state_dict(state)
     return model.to(device).eval()
 
 
@@ -164,7 +168,8 @@ class TrainableRVQ(nn.Module):
     def __init__(self, quantizer, decay: float = 0.99):
         super().__init__()
         self.quantizer, self.decay = quantizer, decay
-        self.steps = 0
+        # a tensor, so that a recorded step can be told
+        self.register_buffer("revive", torch.zeros((), dtype=torch.bool), persistent=False)
 
     @torch.no_grad()
     def start(self, hidden: Tensor, rounds: int = 12) -> None:
@@ -215,7 +220,6 @@ class TrainableRVQ(nn.Module):
             total = total + out * used
             residual = residual - out
             left = left + F.mse_loss(layer.project_out(q), (residual + out).detach()) / scale
-        self.steps += 1
         K = len(self.quantizer.quantizers)
         return total.transpose(1, 2), commit / K, left / K
 
@@ -227,10 +231,10 @@ class TrainableRVQ(nn.Module):
         total = torch.zeros_like(book.embed).index_add_(0, index, flat)
         book.cluster_size.lerp_(count, 1 - self.decay)
         book.embed_avg.lerp_(total, 1 - self.decay)
-        if self.steps % 10 == 9:  # revive what nobody chose lately with vectors of this batch
-            mean = len(flat) / len(count)
-            dead = (book.cluster_size < 0.06 * mean)[:, None]
-            fresh = flat[torch.randint(len(flat), (len(count),), device=flat.device)]
-            book.embed_avg.copy_(torch.where(dead, fresh * mean * 0.5, book.embed_avg))
-            book.cluster_size.copy_(torch.where(dead[:, 0], mean * 0.5, book.cluster_size))
+        # revive what nobody chose lately with vectors of this batch
+        mean = len(flat) / len(count)
+        dead = (book.cluster_size < 0.06 * mean) & self.revive
+        fresh = flat[torch.randint(len(flat), (len(count),), device=flat.device)]
+        book.embed_avg.copy_(torch.where(dead[:, None], fresh * mean * 0.5, book.embed_avg))
+        book.cluster_size.copy_(book.cluster_size.masked_fill(dead, mean * 0.5))
         book.embed.copy_(book.embed_avg / book.cluster_size.clamp(min=1e-5)[:, None])

@@ -61,7 +61,10 @@ class Clock:
         cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress)
         rate = min(1.0, (self.step + 1) / self.warm_steps) * cosine + 3e-3
         for group in optimizer.param_groups:
-            group["lr"] = self.lr * rate
+            if isinstance(group["lr"], Tensor):  # of a recorded step
+                group["lr"].fill_(self.lr * rate)
+            else:
+                group["lr"] = self.lr * rate
         self.step += 1
         return True
 

@@ -9,6 +9,7 @@ is rewritten every minute, so that the other parts can pick it up and a time-out
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from higgs_lab.nano.packing import codec_core, expand_codec, pack, round_trip, wants_int8
 from recipes.nano.codec_model import (
     DECODER_HIDDEN,
-    LEVEL,
     TrainableRVQ,
     build_codec,
     encode_hidden,
@@ -28,6 +28,7 @@ from recipes.nano.discriminator import Discriminator
 from recipes.nano.pool import SpeechPool, add_floor
 
 SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))  # window, mel bands
+WEIGHTS = {"commit": 0.1, "left": 0.1, "score": 0.1, "features": 1.0}  # beside the spectral loss
 START_CROPS = 512  # of one second: 12,800 vectors for the k-means of 1,024 codes
 
 
@@ -40,11 +41,16 @@ def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
     return filters.to(device)
 
 
+@lru_cache(maxsize=16)
+def hann(n_fft: int, device: str) -> Tensor:
+    return torch.hann_window(n_fft, device=device)
+
+
 def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
     """Mean L1 of log-mel over five windows, plus L1 of log magnitudes on three of them."""
     total = fake.new_zeros(())
     for n_fft, bands in SCALES:
-        window = torch.hann_window(n_fft, device=fake.device)
+        window = hann(n_fft, str(fake.device))
         both = torch.stft(
             torch.cat([fake, real]).float(), n_fft, n_fft // 4, window=window, return_complex=True
         ).abs()
@@ -53,10 +59,8 @@ def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
         total = total + (a - b).abs().mean()
         if n_fft >= 512:
             a, b = both.chunk(2)
-            total = (
-                total + 0.5 * (a.clamp(min=2e-3).log10() - b.clamp(min=2e-3).log10()).abs().mean()
-            )
-            total = total + 0.1 * (a - b).norm() / (b.norm() + 1e-6)
+            total = total + (a.clamp(min=2e-3).log10() - b.clamp(min=2e-3).log10()).abs().mean()
+            total = total + 0.3 * (a - b).norm() / (b.norm() + 1e-6)
     return total
 
 
@@ -97,18 +101,109 @@ def finish(model, args: argparse.Namespace) -> None:
     save(model, args)
 
 
+class Training:
+    """The codec with its losses and optimisers; each method is one whole step on `clip`.
+
+    Methods give what is logged. All tensors stay where they are, so that a step can be recorded as
+    a CUDA graph: launched one by one, its two thousand small kernels take four times as long.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.model = args, build_codec(decoder_hidden=args.decoder_hidden).to(device)
+        model = self.model
+        if args.init:
+            model.load_state_dict(expand_codec(args.init, None))
+        if args.compile:
+            fuse_snakes(model, args.compile)
+        self.rvq = TrainableRVQ(model.quantizer).to(device)
+        parts = [
+            model.acoustic_encoder, model.acoustic_decoder, model.fc, model.fc2, model.quantizer,
+        ]  # fmt: skip
+        self.parameters = [p for part in parts for p in part.parameters()]
+        self.alphas = [m.alpha.data for m in model.modules() if type(m).__name__ == "Snake1d"]
+        gpu = device.type == "cuda"
+        options = dict(betas=(0.8, 0.99), capturable=gpu)
+        lr = torch.tensor(args.lr, device=device) if gpu else args.lr
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-3, **options)
+        self.adversary = Discriminator().to(device)
+        self.opponent = torch.optim.AdamW(self.adversary.parameters(), lr=3e-4, **options)
+        self.clip = torch.zeros(args.batch, 960 * args.crop_frames, device=device)
+        self.keep = torch.full((args.batch,), 8, device=device)
+
+    def plain(self) -> dict[str, Tensor]:
+        """Without codes: an autoencoder."""
+        return self._update(self._decode(self._encode().float()))
+
+    def coded(self) -> dict[str, Tensor]:
+        quantised, commit, left = self.rvq(self._encode(), self.keep)
+        return self._update(self._decode(quantised), commit=commit, left=left)
+
+    def contested(self) -> dict[str, Tensor]:
+        """`coded`, with the adversary's step before."""
+        quantised, commit, left = self.rvq(self._encode(), self.keep)
+        fake = self._decode(quantised)
+        with self._autocast():
+            told = self.adversary.loss(fake.detach(), self.clip)
+        self.opponent.zero_grad(set_to_none=True)
+        told.backward()
+        self.opponent.step()
+        with self._autocast():
+            score, features = self.adversary.judge(fake, self.clip)
+        terms = dict(commit=commit, left=left, score=score, features=features)
+        return self._update(fake, **terms) | {"told": told.detach()}
+
+    def _autocast(self):
+        return autocast(self.args)
+
+    def _encode(self) -> Tensor:
+        with self._autocast():
+            return encode_hidden(self.model, self.clip)
+
+    def _decode(self, hidden: Tensor) -> Tensor:
+        with self._autocast():
+            acoustic = self.model.fc2(hidden.transpose(1, 2)).transpose(1, 2)
+            return self.model.acoustic_decoder(acoustic)[:, 0].float()
+
+    def _update(self, fake: Tensor, **terms: Tensor) -> dict[str, Tensor]:
+        loss = spectral_loss(fake, self.clip)
+        total = loss + sum(WEIGHTS[name] * term for name, term in terms.items())
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 2.0)
+        self.optimizer.step()
+        torch._foreach_clamp_min_(self.alphas, 0.02)  # Snake divides by them
+        return {name: term.detach() for name, term in ({"loss": loss} | terms).items()}
+
+
+def recorded(step: Callable[[], dict], device: torch.device) -> Callable[[], dict]:
+    """The step as a CUDA graph, after some as it is; on a CPU as it is for ever."""
+    if device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):  # compiles, chooses convolutions, makes the optimisers' state
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+
+    def replay() -> dict:
+        graph.replay()
+        return found
+
+    return replay
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = options(__doc__, seconds=360, hours=20, batch=64, lr=1.2e-3)
+    parser = options(__doc__, seconds=360, hours=20, batch=48, lr=1e-3)
     parser.add_argument("--decoder-hidden", type=int, default=DECODER_HIDDEN)
-    parser.add_argument("--warm", type=float, default=0.2, help="share of the time without codes")
-    parser.add_argument("--crop-frames", type=int, default=25, help="of 40 ms")
+    parser.add_argument("--crop-frames", type=int, default=20, help="of 40 ms")
+    parser.add_argument("--plain", type=float, default=0.05, help="share of the time without codes")
     parser.add_argument(
-        "--adversary",
-        type=float,
-        default=0.4,
-        help="share of the time before it joins; 1: never",
+        "--adversary", type=float, default=0.4, help="share of the time before it joins"
     )
-    parser.add_argument("--wave", type=float, default=1.0, help="weight of the wave, after --warm")
     parser.add_argument(
         "--compile",
         default="inductor" if torch.cuda.is_available() else "",
@@ -120,78 +215,56 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
-    model = build_codec(decoder_hidden=args.decoder_hidden).to(device)
-    if args.init:
-        model.load_state_dict(expand_codec(args.init, None))
-    rvq = TrainableRVQ(model.quantizer).to(device)
-    parts = [model.acoustic_encoder, model.acoustic_decoder, model.fc, model.fc2, model.quantizer]
-    parameters = [p for part in parts for p in part.parameters()]
-    alphas = [m.alpha.data for m in model.modules() if type(m).__name__ == "Snake1d"]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
-    adversary = Discriminator().to(device)
-    opponent = torch.optim.AdamW(adversary.parameters(), lr=3e-4, betas=(0.8, 0.99))
-    if args.compile:
-        fuse_snakes(model, args.compile)
     pool = SpeechPool(args.data, device, args.hours)
     pool.wait(min(1.0, args.hours))
     test = SpeechPool(args.test, device, 1.0) if args.test else None
-    started = bool(args.init)  # with codes; before, it is a plain autoencoder of waves
+    training = Training(args, device)
+    phase, step = "", lambda: {}
     clock = Clock(args, warm_steps=100)
-    while clock.tick(optimizer):
+    while clock.tick(training.optimizer):
         if clock.step % 200 == 100:
             pool.refresh()
-        clip = crops(pool, args.batch, 960 * args.crop_frames)
-        with autocast(args):
-            hidden = encode_hidden(model, clip)
-        if not started and clock.progress < args.warm:
-            quantised, commit, left = hidden.float(), hidden.new_zeros(()), hidden.new_zeros(())
-        else:
-            if not started:
-                started = True
-                with torch.no_grad(), autocast(args):
-                    seen = crops(pool, START_CROPS).split(args.batch)
-                    rvq.start(torch.cat([encode_hidden(model, c) for c in seen]))
-            some = torch.rand(args.batch, device=device) < 0.15  # quantiser dropout
-            keep = torch.where(some, torch.randint(1, 9, (args.batch,), device=device), 8)
-            quantised, commit, left = rvq(hidden, keep)
-        with autocast(args):
-            acoustic = model.fc2(quantised.transpose(1, 2)).transpose(1, 2)
-            fake = model.acoustic_decoder(acoustic)[:, 0]
-        fake = fake.float()
-        loss = spectral_loss(fake, clip)
-        wave = (fake - clip).square().mean() / LEVEL**2
-        if started:
-            total = loss + args.wave * wave + 0.1 * commit + 0.1 * left
-        else:
-            total = 0.2 * loss + 5 * wave
-        told = score = distance = loss.new_zeros(())
+        wanted = "plain" if clock.progress < args.plain and not args.init else "coded"
         if clock.progress >= args.adversary:
-            with autocast(args):
-                told = adversary.loss(fake.detach(), clip)
-            opponent.zero_grad(set_to_none=True)
-            told.backward()
-            opponent.step()
-            with autocast(args):
-                score, distance = adversary.judge(fake, clip)
-            total = total + 0.1 * score + 0.5 * distance
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
-        optimizer.step()
-        torch._foreach_clamp_min_(alphas, 0.02)  # Snake divides by them
+            wanted = "contested"
+        if wanted != phase:
+            if phase == "plain":
+                start_codes(training, pool)
+            phase = wanted
+            step = recorded(getattr(training, phase), device)
+        feed(training, pool, clock.step)
+        found = step()
         if clock.to_log():
+            figures = " ".join(f"{name} {value.item():.3f}" for name, value in found.items())
             print(
-                f"codec {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.3f} wave "
-                f"{wave.item():.3f} commit "
-                f"{commit.item():.3f} left {left.item():.3f} told {told.item():.3f} "
-                f"score {score.item():.3f} features {distance.item():.3f} hours {pool.hours:.1f}",
+                f"codec {clock.elapsed:5.0f}s {phase} step {clock.step} {figures} "
+                f"hours {pool.hours:.1f}",
                 flush=True,
             )
-        if started and clock.to_save():
-            save(model, args)
-    report(model, rvq, test or pool)
-    finish(model, args)
-    report(model, rvq, test or pool)
+        if phase != "plain" and clock.to_save():
+            save(training.model, args)
+    report(training.model, training.rvq, test or pool)
+    finish(training.model, args)
+    report(training.model, training.rvq, test or pool)
+
+
+@torch.no_grad()
+def feed(training: Training, pool: SpeechPool, number: int) -> None:
+    """The next clips, and how many codebooks each may use: mostly all."""
+    B, device = len(training.clip), training.clip.device
+    training.clip.copy_(crops(pool, B, training.clip.shape[1]))
+    fewer = torch.rand(B, device=device) < 0.15
+    training.keep.copy_(torch.where(fewer, torch.randint(1, 9, (B,), device=device), 8))
+    training.rvq.revive.fill_(number % 10 == 0)
+
+
+@torch.no_grad()
+def start_codes(training: Training, pool: SpeechPool) -> None:
+    hidden = []
+    for clip in crops(pool, START_CROPS).split(training.args.batch):
+        with autocast(training.args):
+            hidden.append(encode_hidden(training.model, clip))
+    training.rvq.start(torch.cat(hidden).float())
 
 
 def crops(pool: SpeechPool, count: int, samples: int = 24_000) -> Tensor:

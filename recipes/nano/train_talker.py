@@ -5,7 +5,7 @@
 
 One process per GPU encodes speech into codes while batches are already being made from what is
 there; CPU workers draw examples in the three prompt modes and lay them out with `render_example`.
-The model is bf16 with fp32 master weights. Time is the budget, as in the other parts.
+It runs over the library's fused blocks. Time is the budget, as in the other parts.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import multiprocessing
 import os
 import tempfile
 import time
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from higgs_lab.attention import VARLEN
+from higgs_lab.attention import attention_kind
 from higgs_lab.batches import Batch
-from higgs_lab.loss import codebook_loss
+from higgs_lab.fused import fuse
+from higgs_lab.loss import Targets
 from higgs_lab.nano.packing import TEXT_ROWS
 from higgs_lab.talker import Talker, talker_config
 from higgs_lab.vocab import Vocab
@@ -62,75 +63,21 @@ def nano_vocab() -> Vocab:
         return Vocab.from_pretrained(folder)
 
 
-def fuse_norms(talker: Talker) -> None:
-    """torch's fused RMS norm in place of transformers' five kernels; the same function."""
-    for module in talker.modules():
-        if type(module).__name__ == "Qwen3RMSNorm":
-            module.forward = partial(_rms_norm, module)
+def build_talker() -> Talker:
+    """In fp32, as it is trained: products use bf16 copies."""
+    return Talker(talker_config(TEXT_CONFIG), 8, 1026)
 
 
-def _rms_norm(module, x: Tensor) -> Tensor:
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+class Packs(IterableDataset):
+    """`Examples` with their targets, which workers look up, and the weight of all their cells."""
 
+    def __init__(self, examples: Examples, weights: Tensor):
+        self.examples, self.weights = examples, weights
 
-def build_talker(implementation: str) -> Talker:
-    config = talker_config(TEXT_CONFIG)
-    config._attn_implementation = implementation
-    return Talker(config, 8, 1026)
-
-
-def padded(batch: Batch) -> dict:
-    """The same documents as rows of a padded batch: the way without a varlen kernel."""
-    lengths = batch.cu_seqlens.diff()[: batch.num_documents].long()
-    longest = -(-int(lengths.max()) // 64) * 64
-    starts = batch.cu_seqlens[: batch.num_documents].long()
-    at = torch.arange(longest, device=lengths.device)
-    inside = at < lengths[:, None]
-    position = torch.where(inside, starts[:, None] + at, 0)
-    out = {
-        name: getattr(batch, name)[0][position] for name in ("ids", "is_audio", "rows", "labels")
-    }
-    out["supervised"] = batch.supervised[0][position] & inside[..., None]
-    return out
-
-
-def loss_of(talker: Talker, batch: Batch, weights: Tensor, layout: str) -> tuple[Tensor, object]:
-    if layout == "packed":
-        at = batch.supervised.any(-1)
-        inputs = batch.inputs()
-        labels, supervised = batch.labels[at], batch.supervised[at]
-    else:
-        rows = padded(batch)
-        at = rows["supervised"].any(-1)
-        inputs = {name: rows[name] for name in ("ids", "is_audio", "rows")}
-        labels, supervised = rows["labels"][at], rows["supervised"][at]
-    logits = talker(**inputs, logits_at=at).logits
-    sums = codebook_loss(logits, labels, supervised, chunk_positions=8192)
-    total, count = sums.weighted(weights)
-    return total / count, sums
-
-
-def choose_layout(batch: Batch, device, weights: Tensor) -> str:
-    """'packed' when the varlen kernel runs here and agrees with padded attention."""
-    if device.type != "cuda":
-        return "padded"
-    try:
-        torch.manual_seed(0)
-        reference = build_talker("sdpa").to(device, torch.bfloat16)
-        twin = build_talker(VARLEN).to(device, torch.bfloat16)
-        twin.load_state_dict(reference.state_dict())
-        losses = {}
-        for name, model, layout in (("sdpa", reference, "padded"), ("varlen", twin, "packed")):
-            loss, _ = loss_of(model, batch, weights, layout)
-            loss.backward()
-            norm = model.model.layers[0].self_attn.q_proj.weight.grad.float().norm()
-            losses[name] = (float(loss), float(norm))
-        print("attention check (loss, gradient norm):", losses, flush=True)
-        (a, m), (b, n) = losses["sdpa"], losses["varlen"]
-        return "packed" if abs(a - b) < 0.01 * a and abs(m - n) < 0.05 * m else "padded"
-    except Exception as error:  # any failure of a new kernel has the same answer
-        print(f"varlen attention does not run here: {error!r}", flush=True)
-        return "padded"
+    def __iter__(self) -> Iterator[tuple[Batch, Targets, float]]:
+        for batch in self.examples:
+            targets = batch.targets(self.weights)
+            yield batch, targets, float(targets.supervised.sum(0).float() @ self.weights)
 
 
 def save(talker: Talker, args: argparse.Namespace) -> None:
@@ -176,64 +123,64 @@ def main(argv: list[str] | None = None) -> None:
         time.sleep(0.3)
     print(f"talker: {shards} shards of codes after {time.time() - started:.0f} s", flush=True)
     examples = Examples(args.data, vocab, args.batch, 1000 + rank, started, args.seconds)
+    weights = torch.tensor(CODEBOOK_WEIGHTS)
     loader = iter(
         DataLoader(
-            examples,
+            Packs(examples, weights / weights.mean()),
             batch_size=None,
             num_workers=args.workers,
             prefetch_factor=4 if args.workers else None,
             multiprocessing_context="fork" if args.workers else None,
         )
     )
-    weights = torch.tensor(CODEBOOK_WEIGHTS, device=device)
-    weights = weights / weights.mean()
-    layout = choose_layout(next(loader).to(device), device, weights)
     torch.manual_seed(3)
-    talker = build_talker(VARLEN if layout == "packed" else "sdpa")
+    talker = build_talker()
     if args.init:
         from safetensors.torch import load_file
 
         talker.load_state_dict(load_file(args.init))
+    talker = talker.to(device).train()
     half = device.type == "cuda" or args.bf16
-    masters = [p.detach().clone().to(device) for p in talker.parameters()]
-    talker = talker.to(device, torch.bfloat16 if half else torch.float32)
-    live = list(talker.parameters())
+    dtype = torch.bfloat16 if half else torch.float32
+    kind = attention_kind("auto", device, dtype)
+    fuse(talker, kind, compile=device.type == "cuda", dtype=dtype)
+    parameters = list(talker.parameters())
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in masters if p.ndim >= 2], "weight_decay": 0.03},
-            {"params": [p for p in masters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.03},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=args.lr,
         betas=(0.9, 0.95),
         fused=device.type == "cuda",
     )
-    fuse_norms(talker)
     if rank == 0:
-        count = sum(p.numel() for p in masters)
-        print(f"talker {count / 1e6:.2f} M parameters, {layout}", flush=True)
+        count = sum(p.numel() for p in parameters)
+        print(f"talker {count / 1e6:.2f} M parameters, attention {kind}", flush=True)
     args.seconds -= time.time() - started
-    clock, seen = Clock(args, warm_steps=400), 0
+    clock, seen, waited = Clock(args, warm_steps=400), 0, 0.0
     while agreed(clock.tick(optimizer), device, world):
-        batch = next(loader).to(device, non_blocking=True)
-        loss, sums = loss_of(talker, batch, weights, layout)
-        loss.backward()
-        norm = step(optimizer, live, masters, world)
+        asked = time.time()
+        batch, targets, cells = next(loader)
+        waited += time.time() - asked
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            out = talker(**batch.to(device, non_blocking=True).inputs(), targets=targets.to(device))
+        (out.loss / cells).backward()
+        norm = step(optimizer, parameters, world)
         seen += batch.num_documents * world
         if rank == 0 and clock.to_log():
-            means = sums.means()
+            means = out.sums.means()
             print(
-                f"talker {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.4f} "
-                f"c0 {means['loss_code/0']:.3f} c7 {means['loss_code/7']:.3f} "
-                f"eoc0 {means['loss_eoc/0']:.3f} norm {norm.item():.2f} "
-                f"examples {seen / 1e6:.2f} M {clock.step / clock.elapsed:.1f} steps/s",
+                f"talker {clock.elapsed:5.0f}s step {clock.step} loss {out.loss.item() / cells:.4f}"
+                f" c0 {means['loss_code/0']:.3f} c7 {means['loss_code/7']:.3f} "
+                f"eoc0 {means['loss_eoc/0']:.3f} norm {norm.item():.2f} examples "
+                f"{seen / 1e6:.2f} M {clock.step / clock.elapsed:.1f} steps/s, "
+                f"{waited / clock.elapsed:.0%} waiting",
                 flush=True,
             )
         if rank == 0 and clock.to_save():
             save(talker, args)
     if rank == 0:
-        with torch.no_grad():
-            for p, master in zip(live, masters, strict=True):
-                p.data = master
         save(talker, args)
         print(f"talker done after {clock.step} steps, {time.time() - started:.0f} s", flush=True)
     os._exit(0)  # workers and the encoder are daemons; nothing is left to write
@@ -248,22 +195,17 @@ def agreed(go_on: bool, device: torch.device, world: int) -> bool:
     return bool(vote.item())
 
 
-@torch.no_grad()
-def step(optimizer, live: list[Tensor], masters: list[Tensor], world: int) -> Tensor:
-    """Clip to norm 1 over all ranks' mean gradient, step the fp32 masters, copy them back."""
-    flat = torch.cat([p.grad.reshape(-1).float() for p in live])
+def step(optimizer, parameters: list[Tensor], world: int) -> Tensor:
+    """Mean gradient over ranks, clipped to norm 1; gives the norm."""
     if world > 1:
+        grads = [p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
-        flat /= world
-    norm = flat.norm()
-    flat *= (1.0 / (norm + 1e-6)).clamp(max=1.0)
-    sizes = [p.numel() for p in masters]
-    for master, grad in zip(masters, flat.split(sizes), strict=True):
-        master.grad = grad.view_as(master)
+        for grad, part in zip(grads, (flat / world).split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    torch._foreach_copy_(live, masters)
-    for p in live:
-        p.grad = None
+    optimizer.zero_grad(set_to_none=True)
     return norm
 
 
