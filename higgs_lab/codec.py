@@ -6,12 +6,12 @@ counts from the bundled tensors' shapes, and loading is strict: an engine that l
 strict=False may run on random weights without a word (facts §1.3).
 
 Encoding is fp32 with TF32 off, the reference for training data. HuBERT normalises over time and
-convolutions see the edges, so padding changes codes: only clips of one length share a batch.
+convolutions see the edges, so plain padding changes codes: only clips of one length share a batch
+of the reference. Other precisions, and `ragged` batches of any lengths, run in `codec_fast`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
+from higgs_lab.codec_fast import embed_clips, run_dac, semantic_frames
 from higgs_lab.vocab import CODEC_CONFIG
 
 # In the v3 bundle, but not in the model: HuBERT's pre-training mask (facts §1.5).
@@ -115,26 +116,46 @@ class Codec:
         wavs: Sequence[np.ndarray | Tensor],
         max_batch_sec: float = 120,
         precision: str = "fp32",
+        ragged: bool = False,
     ) -> list[Tensor]:
         """Same codes as one by one: only clips of equal sample count share a forward pass.
 
         precision: one of PRECISIONS; all but fp32 give some other codes (recipes/bench_codec.py).
+        ragged: clips of any length share one, which is the same up to rounding: few codes change.
         """
         clips = [self._check(wav) for wav in wavs]
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, wav in enumerate(clips):
             by_length[max(len(wav), self._shortest)].append(i)
         codes: list[Tensor | None] = [None] * len(clips)
-        for length, members in by_length.items():
-            size = max(1, int(max_batch_sec * self.sample_rate_hz) // length)
-            for start in range(0, len(members), size):
-                part = members[start : start + size]
-                batch = self._batch([clips[i] for i in part])[:, None]  # [B, 1, n]
-                with torch.inference_mode(), arithmetic(precision, self.device):
-                    out = self.model.encode(batch).audio_codes  # [B, K, T]
-                for i, row in zip(part, out.transpose(1, 2).contiguous().cpu(), strict=True):
-                    codes[i] = row.clone()
+        for part in _batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged):
+            lengths = [max(len(clips[i]), self._shortest) for i in part]
+            longest = self._rounded(max(lengths), self.sample_rate_hz) if ragged else lengths[0]
+            batch = self._batch([clips[i] for i in part], longest)
+            made = self._encode(batch, lengths, precision).cpu()
+            for i, row, frames in zip(
+                part, made, semantic_frames(self.model, lengths), strict=True
+            ):
+                codes[i] = row[:frames].clone()
         return codes  # type: ignore[return-value]
+
+    @torch.inference_mode()
+    def _encode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
+        """[B, n] -> codes [B, T, K]; on all but the reference's way the search is exact."""
+        with arithmetic(precision, self.device):
+            if precision == "fp32" and min(lengths) == batch.shape[1]:
+                return self.model.encode(batch[:, None]).audio_codes.transpose(1, 2).contiguous()
+            hidden = embed_clips(self.model, batch, lengths)
+        if precision == "fp16" and not bool(torch.isfinite(hidden).all()):
+            return self._encode(batch, lengths, "tf32")
+        with exact_float32():  # distances of codes near a cell's edge would be rounding errors
+            hidden = self.model.fc(hidden).transpose(1, 2)
+            codes = self.model.quantizer.encode(hidden, self.model.config.target_bandwidths[-1])
+        return codes.permute(1, 2, 0).contiguous()  # [K, B, T]
+
+    def _rounded(self, length: int, step: int) -> int:
+        """On a GPU up to a multiple of step: every shape is planned anew by cuDNN."""
+        return -(-length // step) * step if self.device.type == "cuda" else length
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """codes [T, K] -> float32 [T * samples_per_frame]; T = 0 gives an empty wave."""
@@ -148,7 +169,7 @@ class Codec:
         precision: str = "fp32",
     ) -> list[np.ndarray]:
         """Decode many clips; only equal lengths together, or ragged: any, which is the same up to
-        rounding, since what lies behind a clip's end is kept at zero before every convolution.
+        rounding.
         """
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, clip in enumerate(codes):
@@ -166,18 +187,27 @@ class Codec:
         by_length.pop(0, None)
         for part in _batches(by_length, max_batch_frames, ragged):
             lengths = [len(codes[i]) for i in part]
-            longest = max(lengths)
+            longest = self._rounded(max(lengths), 25) if ragged else lengths[0]
             rows = [torch.nn.functional.pad(codes[i].long().T, (0, longest - len(codes[i])))
                     for i in part]  # fmt: skip
-            batch = torch.stack(rows).to(self.device)  # [B, K, T]
-            ends = contextlib.nullcontext()
-            if min(lengths) < longest:
-                ends = _silent_ends(self.model.acoustic_decoder, lengths, longest, self.device)
-            with torch.inference_mode(), arithmetic(precision, self.device), ends:
-                out = self.model.decode(batch).audio_values[:, 0].float().cpu().numpy()
-            for i, wave in zip(part, out, strict=True):
+            out = self._decode(torch.stack(rows).to(self.device), lengths, precision)
+            for i, wave in zip(part, out.cpu().numpy(), strict=True):
                 waves[i] = wave[: len(codes[i]) * self.samples_per_frame].copy()
         return waves
+
+    @torch.inference_mode()
+    def _decode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
+        """[B, K, T] -> float32 [B, n]."""
+        with arithmetic(precision, self.device):
+            if precision == "fp32" and min(lengths) == batch.shape[2]:
+                return self.model.decode(batch).audio_values[:, 0].float()
+            with torch.autocast(self.device.type, enabled=False):  # little work, done well
+                hidden = self.model.quantizer.decode(batch.transpose(0, 1))
+                hidden = self.model.fc2(hidden.transpose(1, 2)).transpose(1, 2)
+            out = run_dac(self.model.acoustic_decoder, hidden, lengths)[:, 0].float()
+        if precision == "fp16" and not bool(torch.isfinite(out).all()):
+            return self._decode(batch, lengths, "tf32")
+        return out
 
     def save_tokenizer_folder(self, out: str | Path) -> None:
         """Write the codec as a stand-alone `HiggsAudioV2TokenizerModel` folder in fp32.
@@ -199,11 +229,10 @@ class Codec:
             raise ValueError("wav is empty or holds NaN or infinite samples")
         return wav
 
-    def _batch(self, clips: list[np.ndarray]) -> Tensor:
-        """[B, n] on the device, silence behind what is shorter than the longest or a second."""
-        longest = max(self._shortest, *map(len, clips))
+    def _batch(self, clips: list[np.ndarray], length: int) -> Tensor:
+        """[B, length] on the device, silence behind what is shorter."""
         on_gpu = self.device.type == "cuda"
-        batch = torch.empty(len(clips), longest, pin_memory=on_gpu)
+        batch = torch.empty(len(clips), length, pin_memory=on_gpu)
         for row, clip in zip(batch.numpy(), clips, strict=True):
             row[: len(clip)], row[len(clip) :] = clip, 0
         return batch.to(self.device, non_blocking=on_gpu).to(self.dtype)
@@ -216,22 +245,24 @@ def exact_float32():
         yield
 
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device):
-    """fp32: the reference, exact. tf32: its products in TF32 (CUDA). bf16: autocast.
+    """fp32: the reference, exact. tf32: its products in TF32 (CUDA). fp16, bf16: autocast.
 
-    Compiled code of other threads is compiled anew when matmul's switch changes; so bf16, which
-    has no use for it, leaves it alone.
+    fp16 rounds products as TF32 does; what leaves its range is computed again in TF32. Compiled
+    code of other threads is compiled anew when matmul's switch changes; so the halves, which have
+    no use for it, leave it alone.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
-    matmul = None if precision == "bf16" else precision == "tf32"
+    half = HALVES.get(precision)
     with (
-        _switches(matmul_tf32=matmul, convolution_tf32=precision != "fp32"),
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        _switches(None if half else precision == "tf32", convolution_tf32=precision != "fp32"),
+        torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None),
     ):
         yield
 
@@ -252,41 +283,17 @@ def _switches(matmul_tf32: bool | None, convolution_tf32: bool):
         cudnn.allow_tf32, cudnn.benchmark = saved[1:]
 
 
-def _batches(
-    by_length: dict[int, list[int]], max_batch_frames: int, ragged: bool
-) -> Iterator[list[int]]:
-    """Indices that are decoded together, of one length or, ragged, of neighbouring ones."""
+def _batches(by_length: dict[int, list[int]], max_length: int, ragged: bool) -> Iterator[list[int]]:
+    """Indices that go together, of one length or, ragged, of neighbouring ones."""
     groups = [by_length[length] for length in sorted(by_length, reverse=True)]
     if ragged:
         groups = [[i for group in groups for i in group]]
     length = {i: n for n, members in by_length.items() for i in members}
     for group in groups:
         while group:  # the first is the longest
-            size = max(1, max_batch_frames // length[group[0]])
+            size = max(1, max_length // length[group[0]])
             yield group[:size]
             group = group[size:]
-
-
-@contextmanager
-def _silent_ends(decoder: torch.nn.Module, lengths: list[int], longest: int, device: torch.device):
-    """Inside, a decoder's convolutions see zeros behind each clip's end, as at a batch's edge."""
-    masks: dict[int, Tensor] = {}
-    ends = torch.tensor(lengths, device=device)[:, None, None]
-
-    def hide(module, inputs):
-        (x,) = inputs
-        if x.shape[-1] not in masks:
-            frame = torch.arange(x.shape[-1], device=device) // (x.shape[-1] // longest)
-            masks[x.shape[-1]] = frame < ends  # [B, 1, T * rate]
-        return x * masks[x.shape[-1]]
-
-    kinds = (torch.nn.Conv1d, torch.nn.ConvTranspose1d)
-    hooks = [m.register_forward_pre_hook(hide) for m in decoder.modules() if isinstance(m, kinds)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def codec_config(state: dict[str, Tensor], base: dict) -> dict:

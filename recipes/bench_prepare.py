@@ -93,7 +93,7 @@ def rows(bench: Bench, work: Work) -> None:
             flush=True,
         )
     if bench.device.type == "cuda":  # a faster codec waits sooner
-        for precision in ("tf32", "bf16"):
+        for precision in ("tf32", "fp16", "bf16"):
             name = f"read and encode at once, {precision}"
             bench.row(name, partial(both, work, precision=precision))
     bench.row("prepare, the whole command", partial(command, work))

@@ -59,7 +59,7 @@ class PrepareConfig:
     audio_column: str | None = None  # audio column of a Hugging Face data set, if unusual
     device: str = "auto"  # cpu, cuda, or auto: this process's GPU if there is one
     part_sec: float = 300.0  # seconds of audio encoded between two saves
-    precision: str = "fp32"  # fp32, the reference; tf32, bf16: faster, some other codes
+    precision: str = "fp32"  # fp32, the reference; tf32, fp16, bf16: faster, some other codes
 
     def __post_init__(self):
         if not MIN_FRAMES / 25 <= self.min_sec < self.max_sec:

@@ -395,5 +395,5 @@ def test_other_precisions_are_asked_for_by_name(nano):
     wav = voice_like(1.5)
     agree = (codec.encode_batch([wav], precision="bf16")[0] == codec.encode(wav)).float().mean()
     assert 0.1 < agree < 1
-    with pytest.raises(ValueError, match="choose fp32, tf32, bf16"):
+    with pytest.raises(ValueError, match="choose fp32, tf32, fp16, bf16"):
         codec.encode_batch([wav], precision="int8")

@@ -31,5 +31,5 @@ def test_an_error_of_the_codec_reaches_the_caller(nano):
     talker = load_talker(nano, dtype=torch.float32)
     codec, vocab = Codec.from_pretrained(nano), Vocab.from_pretrained(nano)
     prompts = [render_prompt(vocab, "One.")]
-    with pytest.raises(ValueError, match="choose fp32, tf32, bf16"):
+    with pytest.raises(ValueError, match="choose fp32, tf32, fp16, bf16"):
         list(speak_each(talker, codec, prompts, Sampling(max_frames=8), precision="fp8"))

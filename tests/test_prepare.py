@@ -398,7 +398,7 @@ def test_a_faster_precision_is_asked_for_by_name_and_not_mixed_with_the_referenc
     _wav(tmp_path / "a.wav", 1)
     source = _source(tmp_path, [{"audio": "a.wav", "text": "A."}])
     fast = PrepareConfig(source, str(nano), str(tmp_path / "fast"), precision="bf16")
-    with pytest.raises(ValueError, match="choose fp32, tf32, bf16"):
+    with pytest.raises(ValueError, match="choose fp32, tf32, fp16, bf16"):
         main(replace(fast, precision="int8"))
     main(replace(fast, out=str(tmp_path / "one"), precision="fp32"))
     with pytest.raises(FileExistsError, match="other settings"):

@@ -1,0 +1,181 @@
+"""The codec's networks again, for speed: fused activations, and clips of any length in a batch.
+
+Same weights, same formulas as transformers' model, which stays the reference; results differ by
+rounding alone. Two things are done here that the model's own forward cannot:
+
+* DAC's Snake, the bias before it and the residual sum are one kernel (`snake`): as separate
+  operations of PyTorch they are more than half of the GPU's time, all of it waiting for memory.
+* A batch may hold clips of different lengths. Alone, a clip is followed by each convolution's zero
+  padding; in a batch what lies behind its end is set to zero before every convolution, HuBERT
+  attends to its frames only, and the one normalisation over time takes each clip by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torch.nn.functional import conv1d, conv_transpose1d, group_norm, pad
+from transformers import HiggsAudioV2TokenizerModel
+
+from higgs_lab.snake import snake
+
+
+def embed_clips(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[int]) -> Tensor:
+    """What `model.encode` gives to `fc`: wavs [B, n], samples of each clip -> [B, T, hidden].
+
+    Behind a clip's end wavs must be zero, and the result means nothing.
+    """
+    frames = semantic_frames(model, samples)
+    semantic = encode_semantic(model, _hubert(model, wavs, samples).transpose(1, 2), frames)
+    # The model pads both ends by half a frame where the numbers of frames would differ.
+    plain = [stage_lengths(model.acoustic_encoder, n)[-1] for n in samples]
+    before = [0 if a == b else model.pad for a, b in zip(plain, frames, strict=True)]
+    longest = max(n + 2 * p for n, p in zip(samples, before, strict=True))
+    moved = wavs.new_zeros(len(wavs), 1, max(longest, wavs.shape[-1] + 2 * max(before)))
+    for row, wav, n, p in zip(moved, wavs, samples, before, strict=True):
+        row[0, p : p + n] = wav[:n]
+    ends = [n + 2 * p for n, p in zip(samples, before, strict=True)]
+    acoustic = run_dac(model.acoustic_encoder, moved, ends)
+    count = min(acoustic.shape[-1], semantic.shape[-1])
+    both = torch.cat(
+        [acoustic[..., :count].to(wavs.dtype), semantic[..., :count].to(wavs.dtype)], 1
+    )
+    return both.transpose(1, 2)
+
+
+def semantic_frames(model: HiggsAudioV2TokenizerModel, samples: Sequence[int]) -> list[int]:
+    """Frames, and rows of codes, of clips of so many samples."""
+    found = _hubert_lengths(model, samples)[-1]
+    return [math.ceil(n / model.config.semantic_downsample_factor) for n in found]
+
+
+def run_dac(net: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """DAC's encoder or decoder: x [B, C, T], of clip i only the first lengths[i] steps counting.
+
+    Every stage is an activation and what follows it, up to the next residual sum.
+    """
+    stages = list(_stages(net))
+    ends = torch.tensor([stage_lengths(net, n) for n in lengths], dtype=torch.int32).T.contiguous()
+    ends = ends.to(x.device, non_blocking=True)  # [stages + 1, B]
+    inside = torch.arange(x.shape[-1], device=x.device) < ends[0][:, None]
+    y, bias, trunk = _convolve(net.conv1, x * inside[:, None]), net.conv1.bias, None
+    for end, stage in zip(ends[1:], stages, strict=False):
+        unit = hasattr(stage[0], "snake2")
+        first = stage[0].snake1 if unit else stage[0]
+        active, trunk = snake(y, bias, first.alpha, end, trunk, keep=unit)
+        if unit:
+            y = _convolve(stage[0].conv1, active)
+            active, _ = snake(y, stage[0].conv1.bias, stage[0].snake2.alpha, end)
+        last = stage[0].conv2 if unit else stage[1]
+        y, bias = _convolve(last, active), last.bias
+    return y + bias[:, None].to(y.dtype)
+
+
+def _stages(net: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    """(residual unit,) or (Snake, convolution), in order, behind the first convolution."""
+    for block in net.block:
+        units = [(block.res_unit1,), (block.res_unit2,), (block.res_unit3,)]
+        if hasattr(block, "conv_t1"):
+            yield from [(block.snake1, block.conv_t1), *units]
+        else:
+            yield from [*units, (block.snake1, block.conv1)]
+    yield net.snake1, net.conv2
+
+
+def stage_lengths(net: nn.Module, length: int) -> list[int]:
+    """Steps of a clip before the first convolution, before each stage and behind the last."""
+    lengths = [length, _length(net.conv1, length)]
+    for stage in _stages(net):  # a unit keeps the length
+        lengths.append(_length(stage[1], lengths[-1]) if len(stage) == 2 else lengths[-1])
+    return lengths
+
+
+def _length(conv: nn.Conv1d | nn.ConvTranspose1d, length: int) -> int:
+    (kernel,), (stride,), (padding,) = conv.kernel_size, conv.stride, conv.padding
+    if isinstance(conv, nn.ConvTranspose1d):
+        return (length - 1) * stride - 2 * padding + kernel + conv.output_padding[0]
+    return (length + 2 * padding - conv.dilation[0] * (kernel - 1) - 1) // stride + 1
+
+
+def _convolve(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
+    """Without the bias, which the activation adds."""
+    if isinstance(conv, nn.ConvTranspose1d):
+        return conv_transpose1d(
+            x, conv.weight, None, conv.stride, conv.padding, conv.output_padding
+        )
+    return conv1d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation)
+
+
+def encode_semantic(model: HiggsAudioV2TokenizerModel, x: Tensor, frames: Sequence[int]) -> Tensor:
+    """`model.encoder_semantic` of x [B, C, T], of clip i only the first frames[i] counting."""
+    ends = torch.tensor(frames, device=x.device)[:, None]
+    inside = (torch.arange(x.shape[-1], device=x.device) < ends)[:, None]
+    net = model.encoder_semantic
+    x = net.conv(x * inside)
+    for block in net.conv_blocks:
+        if block.conv.stride != (1,):
+            raise ValueError("a semantic encoder that strides is not of a Higgs v2 tokenizer")
+        for unit in block.res_units:
+            y = unit.conv1(unit.activation(x * inside))
+            x = x + unit.conv2(unit.activation(y))  # of width 1: sees no neighbour
+        x = block.conv(x * inside)
+    return x
+
+
+HUBERT_MARGIN = 160  # samples of silence on both sides, a constant of transformers' model
+
+
+def _hubert_lengths(model: HiggsAudioV2TokenizerModel, samples: Sequence[int]) -> list[list[int]]:
+    """Of each clip: samples at HuBERT's rate, those with margins, and steps after each layer."""
+    config = model.config
+    at_rate = [math.ceil(n * config.semantic_sample_rate / config.sample_rate) for n in samples]
+    lengths = [at_rate, [n + 2 * HUBERT_MARGIN for n in at_rate]]
+    for layer in model.semantic_model.feature_extractor.conv_layers:
+        lengths.append([_length(layer.conv, n) for n in lengths[-1]])
+    return lengths
+
+
+def _hubert(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[int]) -> Tensor:
+    """`model._extract_semantic_features` of clips of any length."""
+    if min(samples) == wavs.shape[-1]:
+        return model._extract_semantic_features(wavs[:, None])
+    config, hubert = model.config, model.semantic_model
+    at_rate, with_margins, first = _hubert_lengths(model, samples)[:3]
+    x = torchaudio.functional.resample(wavs, config.sample_rate, config.semantic_sample_rate)
+    ends = torch.tensor(at_rate, device=x.device)[:, None]
+    x = x * (torch.arange(x.shape[-1], device=x.device) < ends)  # the filter's tail
+    x = pad(x, (HUBERT_MARGIN, HUBERT_MARGIN))
+    ends = torch.tensor(with_margins, device=x.device)[:, None]
+    mask = (torch.arange(x.shape[-1], device=x.device) < ends).long()
+    with _normalised_alone(hubert, first):
+        hidden = hubert(x, attention_mask=mask, output_hidden_states=True).hidden_states
+    return torch.stack(hidden, dim=1).mean(dim=1)[:, :: config.semantic_downsample_factor]
+
+
+_one_at_a_time = threading.Lock()  # all threads that use the module would see it
+
+
+@contextmanager
+def _normalised_alone(hubert: nn.Module, lengths: Sequence[int]):
+    """Inside, HuBERT's group norm, whose statistics are over time, sees each clip's own steps."""
+    norm = hubert.feature_extractor.conv_layers[0].layer_norm
+
+    def alone(x: Tensor) -> Tensor:
+        made = [
+            group_norm(clip[None, :, :n], norm.num_groups, norm.weight, norm.bias, norm.eps)
+            for clip, n in zip(x, lengths, strict=True)
+        ]
+        return torch.cat([pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in made])
+
+    with _one_at_a_time:
+        norm.forward = alone
+        try:
+            yield
+        finally:
+            del norm.forward  # the class's own is seen again

@@ -1,0 +1,106 @@
+"""DAC's Snake activation with what surrounds it, as one kernel: read once, written once.
+
+y + bias [+ trunk] -> x + sin(alpha x)^2 / (alpha + 1e-9), zero from each clip's end on. Sums are
+fp32, whatever is read and written; on the CPU, or where Triton cannot compile, the same in PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of PyTorch without CUDA lack it
+    triton = None
+
+BLOCK = 1024  # elements of a program; 4 warps, 8 elements a thread: 16 bytes of bf16
+
+
+def snake(
+    y: Tensor,
+    bias: Tensor,
+    alpha: Tensor,
+    ends: Tensor,
+    trunk: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y [B, C, T], a convolution's output without its bias [C]; alpha has C elements; ends [B].
+
+    Returns (the activation, y + bias + trunk if keep else None), both of y's dtype; of clip i only
+    the first ends[i] steps are filled, the activation's others are zero.
+    """
+    if y.is_cuda and y[0].numel() < 2**31 and _works(y.device):
+        with torch.cuda.device(y.device):
+            return _launch(y, bias, alpha, ends, trunk, keep)
+    return snake_in_torch(y, bias, alpha, ends, trunk, keep)
+
+
+def snake_in_torch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor, Tensor | None]:
+    """`snake` in PyTorch's operations."""
+    x = y.float() + bias.float()[:, None]
+    if trunk is not None:
+        x = x + trunk.float()
+    alpha = alpha.float().reshape(-1, 1)
+    active = x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
+    inside = torch.arange(y.shape[-1], device=y.device) < ends[:, None]
+    return (active * inside[:, None]).to(y.dtype), x.to(y.dtype) if keep else None
+
+
+def _launch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor, Tensor | None]:
+    y = y.contiguous()
+    trunk = None if trunk is None else trunk.contiguous()
+    clips, channels, steps = y.shape
+    active, kept = torch.empty_like(y), torch.empty_like(y) if keep else None
+    grid = (triton.cdiv(channels * steps, BLOCK), clips)
+    _kernel[grid](y, bias, alpha, ends, trunk if trunk is not None else y, active,
+                  kept if keep else y, steps, channels * steps,
+                  HAS_TRUNK=trunk is not None, KEEP=keep, BLOCK=BLOCK)  # fmt: skip
+    return active, kept
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    """Whether Triton can compile here: it wants a C compiler for what calls the kernel."""
+    if triton is None:
+        return False
+    try:
+        with torch.cuda.device(device):
+            y = torch.linspace(-2, 2, 96, device=device).reshape(2, 3, 16)
+            given = y, y[0, :, 0], y[1, :, 0].abs(), torch.tensor([16, 5], device=device).int(), y
+            made, wanted = _launch(*given, True), snake_in_torch(*given, True)
+            torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
+        return True
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"the codec runs without its fused kernel: {first}", stacklevel=4)
+        return False
+
+
+if triton is not None:
+
+    @triton.jit
+    def _kernel(
+        y, bias, alpha, ends, trunk, active, kept, steps, size,
+        HAS_TRUNK: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        clip = tl.program_id(1)
+        base = clip.to(tl.int64) * size  # size: elements of a clip
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        valid = at < size
+        channel = at // steps
+        x = tl.load(y + base + at, mask=valid, other=0.0).to(tl.float32)
+        x += tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
+        if HAS_TRUNK:
+            x += tl.load(trunk + base + at, mask=valid, other=0.0).to(tl.float32)
+        if KEEP:
+            tl.store(kept + base + at, x.to(kept.dtype.element_ty), mask=valid)
+        a = tl.load(alpha + channel, mask=valid, other=1.0).to(tl.float32)
+        wave = tl.sin(a * x)
+        x += wave * wave / (a + 1e-9)
+        x = tl.where(at - channel * steps < tl.load(ends + clip), x, 0.0)
+        tl.store(active + base + at, x.to(active.dtype.element_ty), mask=valid)

@@ -1,0 +1,157 @@
+"""The codec's fast networks are the model's own up to rounding, whatever shares a batch."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import higgs_lab.codec
+from higgs_lab.codec import Codec
+from higgs_lab.codec_fast import run_dac, semantic_frames, stage_lengths
+from tests.tiny import random_codes, voice_like
+
+# Under a second; whole frames, where the model pads nothing; and what it pads by half a frame.
+SECONDS = [1.5, 0.5, 1.1, 1.04, 2.013, 24_200 / 24_000, 2.0, 1.5]
+
+
+@pytest.fixture(scope="module")
+def codec(nano) -> Codec:
+    return Codec.from_pretrained(nano)
+
+
+@pytest.fixture(scope="module")
+def wavs() -> list[np.ndarray]:
+    return [voice_like(s, seed=i) for i, s in enumerate(SECONDS)]
+
+
+@pytest.fixture(scope="module")
+def alone(codec, wavs) -> list[torch.Tensor]:
+    return [codec.encode(wav) for wav in wavs]
+
+
+def agreement(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    assert [m.shape for m in made] == [w.shape for w in wanted]
+    return float((torch.cat(made) == torch.cat(wanted)).float().mean())
+
+
+# --- the networks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("part", "steps"), [("acoustic_encoder", 4321), ("acoustic_decoder", 13)])
+def test_dacs_networks_are_the_models_own(codec, part, steps):
+    net = getattr(codec.model, part)
+    x = torch.randn(2, net.conv1.in_channels, steps, generator=torch.Generator().manual_seed(0))
+    wanted = net(x)
+    torch.testing.assert_close(run_dac(net, x, [steps, steps]), wanted, atol=1e-5, rtol=1e-4)
+    assert stage_lengths(net, steps)[-1] == wanted.shape[-1]
+    # the second clip ends sooner; what stands behind its end is not seen
+    shorter = run_dac(net, x, [steps, steps - 5])
+    end = stage_lengths(net, steps - 5)[-1]
+    torch.testing.assert_close(shorter[0], wanted[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        shorter[1, :, :end], net(x[1:, :, : steps - 5])[0], atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("samples", [24_000, 24_001, 24_120, 24_121, 24_959, 24_960, 50_000])
+def test_the_number_of_frames_is_known_beforehand(codec, samples):
+    assert semantic_frames(codec.model, [samples]) == [len(codec.encode(voice_like(3)[:samples]))]
+
+
+# --- clips of different lengths together
+
+
+def test_clips_of_any_length_share_a_batch(codec, wavs, alone):
+    """As exact as fp32: a batch of equal lengths rounds otherwise, too."""
+    assert agreement(codec.encode_batch(wavs, ragged=True), alone) >= 0.999
+
+
+def test_neither_neighbours_nor_silence_behind_the_longest_change_a_clip(codec, wavs, alone):
+    loud = [np.float32(0.9) * voice_like(2.9, seed=9)]
+    made = codec.encode_batch([*wavs, *loud], max_batch_sec=9, ragged=True)
+    assert agreement(made[:-1], alone) >= 0.999
+    samples = [len(wav) for wav in wavs if len(wav) >= 24_000]
+    batch = codec._batch([wav for wav in wavs if len(wav) >= 24_000], 80_000)
+    codes = codec._encode(batch, samples, "fp32")
+    frames = semantic_frames(codec.model, samples)
+    wanted = [one for one, wav in zip(alone, wavs, strict=True) if len(wav) >= 24_000]
+    assert agreement([c[:n] for c, n in zip(codes, frames, strict=True)], wanted) >= 0.999
+
+
+@pytest.mark.slow
+def test_the_released_shape_shares_batches_too():
+    from higgs_lab.nano.random_4b import _codec
+    from higgs_lab.vocab import CODEC_CONFIG
+
+    codec = Codec(_codec(CODEC_CONFIG, seed=0), "random")
+    wavs = [voice_like(s, seed=i) for i, s in enumerate([1.0, 1.3, 1.04])]
+    wanted = [codec.encode(wav) for wav in wavs]
+    assert agreement(codec.encode_batch(wavs, ragged=True), wanted) >= 0.999
+
+
+# --- precisions
+
+
+def test_the_reference_is_the_models_own_code(codec, wavs, alone, monkeypatch):
+    """fp32 codes of clips of one length never go through what is new."""
+
+    def refuse(*_):
+        raise AssertionError("the reference took the fast way")
+
+    waves = codec.decode_batch(alone)
+    for name in ("embed_clips", "run_dac"):
+        monkeypatch.setattr(higgs_lab.codec, name, refuse)
+    assert agreement(codec.encode_batch(wavs), alone) == 1
+    for made, wanted in zip(codec.decode_batch(alone), waves, strict=True):
+        np.testing.assert_array_equal(made, wanted)
+    with pytest.raises(AssertionError, match="fast way"):
+        codec.encode_batch(wavs, precision="tf32")
+
+
+def test_how_far_each_precision_is_from_the_reference(codec, wavs, alone):
+    """The quantiser's search is exact in all of them; under autocast it cost a third of the codes.
+
+    TF32 is a GPU's; here its way is fp32's.
+    """
+    assert agreement(codec.encode_batch(wavs, precision="tf32"), alone) >= 0.999
+    assert agreement(codec.encode_batch(wavs, precision="fp16", ragged=True), alone) >= 0.98
+    assert agreement(codec.encode_batch(wavs, precision="bf16", ragged=True), alone) >= 0.8
+
+
+def test_what_leaves_the_range_of_fp16_is_computed_again(codec):
+    """Bits of a loud codec: without a second pass its waves would be infinite."""
+    loud = Codec(copy.deepcopy(codec.model), "loud")
+    loud.model.fc2.weight.mul_(1e5)
+    wav, codes = voice_like(1.2), random_codes(12)
+    wave = loud.decode_batch([codes], precision="fp16")[0]
+    np.testing.assert_array_equal(wave, loud.decode_batch([codes], precision="tf32")[0])
+    loud.model.acoustic_encoder.conv1.weight.mul_(1e7)
+    made = loud.encode_batch([wav], precision="fp16")
+    assert agreement(made, loud.encode_batch([wav], precision="tf32")) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+def test_what_was_switched_is_put_back_after_an_error(codec, wavs, monkeypatch, precision):
+    def switches():
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        return (
+            matmul.allow_tf32,
+            cudnn.allow_tf32,
+            cudnn.benchmark,
+            torch.is_autocast_enabled("cpu"),
+        )
+
+    def fail(*_, **__):
+        raise KeyError("HuBERT")
+
+    monkeypatch.setattr(codec.model.semantic_model.feature_projection, "forward", fail)
+    norm = codec.model.semantic_model.feature_extractor.conv_layers[0].layer_norm
+    before = switches()
+    with pytest.raises(KeyError, match="HuBERT"):
+        codec.encode_batch(wavs, precision=precision, ragged=True)
+    assert switches() == before
+    assert "forward" not in vars(norm)
