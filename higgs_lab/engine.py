@@ -207,6 +207,9 @@ class Engine:
         """
         key = (function.__name__, batch == 1)
         if key not in self._compiled:
+            # one code, many traces: modes, greedy or drawn, dtypes; beyond the limit it would raise
+            config = torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, 64)
             options = {"coordinate_descent_tuning": True} if batch == 1 else None
             if options and self.device.type != "cuda":
                 options = None

@@ -15,6 +15,7 @@ from higgs_lab.decoding import Decoder
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_each, generate_naive
 from higgs_lab.prompt import render_prompt
+from higgs_lab.sampling import RampState, SamplingTensors, next_row
 from higgs_lab.slots import requests_of
 from tests.tiny import random_codes, run_one, three_prompts, tiny_talker, tiny_vocab
 
@@ -192,3 +193,20 @@ def test_what_the_functions_are_not_is_refused():
     half = tiny_talker().bfloat16()
     assert Engine.supports(half)
     assert len(generate(half, three_prompts(), GREEDY)) == 3
+
+
+def test_all_modes_greedy_and_drawn_may_be_compiled_in_one_process(monkeypatch):
+    """More traces of one function than torch.compile's limit of 8."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compile(f, backend="eager", **more))
+    torch._dynamo.reset()
+    engine = Engine(tiny_talker())
+    both = ("vllm", "sglang")
+    for size, draw, modes in itertools.product((1, 2), (False, True), (both, both[:1], both[1:])):
+        options = SamplingTensors.of([Sampling()] * size, 1026, "cpu")
+        named = {mode: torch.ones(size, dtype=torch.bool) for mode in modes}
+        row, *_ = engine.compiled(next_row, size)(
+            torch.zeros(size, 8, 1026), options, RampState.start(size), 0, named, draw
+        )
+        assert row.shape == (size, 8)
+    torch._dynamo.reset()
