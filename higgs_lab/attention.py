@@ -235,15 +235,6 @@ def block_mask(cu_seqlens: Tensor, length: int):
     return create_block_mask(causal_within, None, None, length, length, document.device)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
-    """The same where there is no varlen kernel too; bounds: the documents' ends, from 0 to L."""
-    if varlen_available(q.device, q.dtype):
-        cu = torch.tensor(bounds, dtype=torch.int32, device=q.device)
-        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-        return varlen_attention(q, k, v, cu, longest)
-    return _split_attention(q, k, v, bounds)
-
-
 def _split_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
     parts = []
     for start, end in zip(bounds, bounds[1:], strict=False):

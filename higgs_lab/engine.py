@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from higgs_lab.attention import packed_attention
+from higgs_lab.attention import Documents, attention_kind
 from higgs_lab.talker import Talker
 
 
@@ -186,6 +186,10 @@ class Engine:
         bounds: where the documents begin and end, 0 to N. What follows the last block's keys and
         values is left out, for nobody reads it. compile: for any N, caches of several slots.
         """
+        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        ends = torch.tensor(bounds, dtype=torch.int32).to(self.device)  # here: a copy waits
+        kind = attention_kind("auto", self.device, self.dtype)
+        documents = Documents.of(kind, ends, longest, len(x))
         cos, sin = rope[0][position, None], rope[1][position, None]
         project, finish = self.packed_project, self.finish
         if compile and len(x) > 1:
@@ -194,7 +198,7 @@ class Engine:
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, cache, strict=True)):
             q, k, v = project(x, layer, cos, sin, keys, values, slot, position)
             if i + 1 < len(self.layers):
-                attended = packed_attention(q, k, v, bounds).flatten(1)
+                attended = documents.attend(q, k, v).flatten(1)
                 self.any_batch(len(x), attended)
                 x = finish(x, attended, layer)
 
