@@ -158,15 +158,22 @@ def _hubert(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[i
     return torch.stack(hidden, dim=1).mean(dim=1)[:, :: config.semantic_downsample_factor]
 
 
-_one_at_a_time = threading.Lock()  # all threads that use the module would see it
+_one_at_a_time = threading.Lock()
 
 
 @contextmanager
 def _normalised_alone(hubert: nn.Module, lengths: Sequence[int]):
-    """Inside, HuBERT's group norm, whose statistics are over time, sees each clip's own steps."""
+    """Inside, HuBERT's group norm, whose statistics are over time, sees each clip's own steps.
+
+    Other threads that use the model meanwhile see the norm as it is.
+    """
     norm = hubert.feature_extractor.conv_layers[0].layer_norm
 
+    thread = threading.get_ident()
+
     def alone(x: Tensor) -> Tensor:
+        if threading.get_ident() != thread:
+            return nn.GroupNorm.forward(norm, x)
         made = [
             group_norm(clip[None, :, :n], norm.num_groups, norm.weight, norm.bias, norm.eps)
             for clip, n in zip(x, lengths, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import higgs_lab.codec
 from higgs_lab.codec import Codec
-from higgs_lab.codec_fast import run_dac, semantic_frames, stage_lengths
+from higgs_lab.codec_fast import _normalised_alone, run_dac, semantic_frames, stage_lengths
 from tests.tiny import random_codes, voice_like
 
 # Under a second; whole frames, where the model pads nothing; and what it pads by half a frame.
@@ -80,6 +81,19 @@ def test_neither_neighbours_nor_silence_behind_the_longest_change_a_clip(codec, 
     frames = semantic_frames(codec.model, samples)
     wanted = [one for one, wav in zip(alone, wavs, strict=True) if len(wav) >= 24_000]
     assert agreement([c[:n] for c, n in zip(codes, frames, strict=True)], wanted) >= 0.999
+
+
+@torch.no_grad()
+def test_other_threads_see_huberts_norm_as_it_is(codec):
+    norm = codec.model.semantic_model.feature_extractor.conv_layers[0].layer_norm
+    x = torch.randn(2, norm.num_channels, 50, generator=torch.Generator().manual_seed(0))
+    wanted = norm(x)
+    with _normalised_alone(codec.model.semantic_model, [50, 20]), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(norm, x).result(), wanted)
+        here = norm(x)
+    torch.testing.assert_close(here[0], wanted[0])
+    torch.testing.assert_close(here[1, :, :20], norm(x[1:, :, :20])[0])
+    assert torch.equal(norm(x), wanted)
 
 
 @pytest.mark.slow
@@ -155,3 +169,19 @@ def test_what_was_switched_is_put_back_after_an_error(codec, wavs, monkeypatch, 
         codec.encode_batch(wavs, precision=precision, ragged=True)
     assert switches() == before
     assert "forward" not in vars(norm)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("precision", "codes_kept", "deviation"),
+    [("fp32", 0.999, 1e-4), ("tf32", 0.97, 1e-2), ("fp16", 0.97, 1e-2), ("bf16", 0.8, 0.05)],
+)
+def test_precisions_on_a_gpu(nano, wavs, precision, codes_kept, deviation):
+    codec = Codec.from_pretrained(nano, "cuda")
+    codes = codec.encode_batch(wavs)
+    made = codec.encode_batch(wavs, precision=precision, ragged=True)
+    assert agreement(made, codes) >= codes_kept
+    wanted = np.concatenate(codec.decode_batch(codes))
+    made = np.concatenate(codec.decode_batch(codes, ragged=True, precision=precision))
+    assert np.linalg.norm(made - wanted) <= deviation * np.linalg.norm(wanted)
