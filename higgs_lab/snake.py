@@ -52,7 +52,7 @@ def snake_in_torch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor
 
 
 def _launch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor, Tensor | None]:
-    y = y.contiguous()
+    y, bias, alpha = y.contiguous(), bias.contiguous(), alpha.contiguous()
     trunk = None if trunk is None else trunk.contiguous()
     clips, channels, steps = y.shape
     active, kept = torch.empty_like(y), torch.empty_like(y) if keep else None

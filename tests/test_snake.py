@@ -47,6 +47,7 @@ from tests.test_snake import activation_case
 for dtype in (torch.float32, torch.bfloat16):
     for steps in (1, 37, 700):
         y, bias, alpha, ends, trunk = activation_case(dtype, steps)
+        bias = torch.stack([bias, bias], dim=1)[:, 0]  # not contiguous
         for given in ((None, False), (trunk, True)):
             made, kept = _launch(y, bias, alpha, ends, *given)
             wanted, whole = snake_in_torch(y, bias, alpha, ends, *given)
