@@ -19,6 +19,7 @@ from higgs_lab.slots import Request, Slots
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # recorded batch sizes
 LENGTHS = (256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)  # and cache lengths
 STEPS_PER_LOOK = 8  # on a GPU: how often the host looks; a slot that has ended idles so long
+ADMIT_STEPS = 3  # what a pass over new prompts costs at least, in steps of all slots
 PREFILL_POSITIONS = 8192  # of one packed pass over new prompts
 MEMORY_SHARE = 0.8  # of the free memory, for the cache
 
@@ -54,9 +55,15 @@ class Decoder:
         least = 2 if compile and several else 1
         busy: dict[int, Request] = {}
         reached: dict[int, int] = {}  # positions in the cache, as last seen
+        idle = 0  # steps of slots that waited for a prompt, since the last pass over prompts
         try:
             while waiting or busy:
-                self._admit(waiting, busy, reached, limit, look, graphs, compile and several)
+                # every pass reads all weights, for one prompt as for many: let as much be lost by
+                # idle slots first
+                if waiting and (not graphs or not busy or idle >= ADMIT_STEPS * limit):
+                    self._admit(waiting, busy, reached, limit, look, graphs, compile and several)
+                    idle = 0
+                self._reserve(max(reached.values()) + look + 1, graphs)
                 size = self._compact(busy, reached, graphs, least)
                 length = max(reached.values()) + look - 1
                 if self.engine.split_kv:  # reads what each slot has: one recording a batch size
@@ -69,6 +76,7 @@ class Decoder:
                     else:
                         slots.step_once(size, length, *flags, exact=size == 1)
                 yield from self._take(busy, reached, size)
+                idle += look * (limit - len(busy))
         finally:
             if busy:  # the caller left early: nothing may stay active
                 slots.release(list(busy))
@@ -113,7 +121,6 @@ class Decoder:
             self.slots.admit(taken, part, compile)
             for slot, request in zip(taken, part, strict=True):
                 busy[slot], reached[slot] = request, len(request.prompt)
-        self._reserve(max(reached.values()) + look + 1, graphs)
 
     def _reserve(self, length: int, graphs: bool) -> None:
         slots = self.slots

@@ -78,6 +78,7 @@ def test_the_gpu_schedule_gives_the_same(talker, monkeypatch):
     monkeypatch.setattr(decoding.Slots, "replay", replay)
     monkeypatch.setattr(decoding, "LENGTHS", (32, 48, 64, 96))
     monkeypatch.setattr(decoding, "SIZES", (1, 2, 4, 8))
+    monkeypatch.setattr(decoding, "ADMIT_STEPS", 1)
     engine = Engine(talker)
     decoder = Decoder(engine)
     requests = requests_of(prompts, settings, 8)
@@ -89,6 +90,23 @@ def test_the_gpu_schedule_gives_the_same(talker, monkeypatch):
     assert {key[0] for key in steps} > {4}  # it shrank with the work
     assert len({key[1] for key in steps}) > 1  # and grew with the texts
     assert all(key[1] in decoding.LENGTHS for key in steps)
+
+
+def test_a_gpu_lets_prompts_in_by_the_handful(talker, monkeypatch):
+    """A pass over prompts costs some steps of all slots, so one free slot is not worth it."""
+    admitted = []
+    admit = decoding.Slots.admit
+    monkeypatch.setattr(
+        decoding.Slots, "admit", lambda self, *a: admitted.append(len(a[0])) or admit(self, *a)
+    )
+    monkeypatch.setattr(decoding.Slots, "replay", decoding.Slots.step_once)
+    prompts, settings = ragged(9)
+    settings = [replace(s, max_frames=4 + 8 * i) for i, s in enumerate(settings)]
+    requests = requests_of(prompts, settings, 8)
+    with torch.no_grad():
+        made = dict(Decoder(Engine(talker)).run(requests, 4, graphs="as on a GPU"))
+    assert len(made) == sum(admitted) == 9
+    assert admitted[0] == 4 and len(admitted) < 6  # of 9 there would be one pass for each of 5
 
 
 def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypatch):
