@@ -34,6 +34,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
         "--row-sec", type=float, default=6, help="measure each row at least so long"
     )
     parser.add_argument("--only", default="", help="rows whose name holds one of these, by commas")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of each row")
     parser.add_argument("--out", type=Path, help="JSON file for the rows, rewritten after each")
     return parser
 
@@ -94,6 +95,23 @@ class Bench:
         if self.args.out:
             about = {"machine": self.machine(), "size": self.size, "peak_tflops": self.peak}
             write_json_atomic(self.args.out, about | {"rows": self.rows} | provenance())
+
+    def profile(self, run: Callable[[], object]) -> None:
+        """With --profile: where the time of `run` goes, by kernel."""
+        if not self.args.profile:
+            return
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        column = "self_cpu_time_total"
+        if self.device.type == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+            column = "self_cuda_time_total"
+        with torch.profiler.profile(activities=kinds) as profiler:
+            run()
+            synchronize()
+        table = profiler.key_averages().table(
+            sort_by=column, row_limit=30, max_name_column_width=70
+        )
+        print(table, flush=True)
 
     def multiples(self, column: str, pairs: list[tuple[str, str]]) -> None:
         """Lines that say how much faster one row is than another."""

@@ -77,6 +77,7 @@ def encode(bench: Bench, codec: Codec, wavs, wanted, precision: str, single=Fals
     wanted = wanted or codec.encode_batch(wavs)
     seconds = sum(map(len, wavs)) / codec.sample_rate_hz
     found = timed(_step(call, wavs, seconds, single), bench.args.row_sec, warm=1, least=2)
+    bench.profile(lambda: call(wavs))
     equal = torch.cat(made) == torch.cat(wanted)
     agreement = {"agreement": float(equal.float().mean())}
     agreement["in codebook 0"] = float(equal[:, 0].float().mean())
@@ -89,6 +90,7 @@ def decode(bench: Bench, codec: Codec, codes, wanted, precision: str, single=Fal
     wanted = wanted or [codec.decode(clip) for clip in codes]
     seconds = sum(map(len, made)) / codec.sample_rate_hz
     found = timed(_step(call, codes, seconds, single), bench.args.row_sec, warm=1, least=2)
+    bench.profile(lambda: call(codes))
     a, b = np.concatenate(made), np.concatenate(wanted)
     deviation = float(np.linalg.norm(a - b) / np.linalg.norm(b))
     return {

@@ -151,6 +151,7 @@ def _timed(bench: Bench, first: float, run, least: float = 3) -> dict:
         times += 1
     synchronize()
     seconds, worked = time.monotonic() - begun, time.process_time() - worked
+    bench.profile(run)
     audio = frames / bench.vocab.frame_rate_hz
     return {
         "ms/frame": 1000 * seconds / frames,
