@@ -75,8 +75,8 @@ test-serve: setup engines serve-env
 # Rebuilds the nano family: about 20 minutes on one H100 with 16 cores. NANO=folder for the logs,
 # DATA=folder for 60 h of speech (10 GB; a RAM disk if there is one).
 nano: setup
-	$(PY) -m recipes.nano.build --parts codec whisper ecapa --seconds 420 $(NANO_OPTIONS)
-	$(PY) -m recipes.nano.build --parts talker --seconds 500 $(NANO_OPTIONS)
+	$(PY) -m recipes.nano.build --parts codec $(NANO_OPTIONS)
+	$(PY) -m recipes.nano.build --parts talker whisper ecapa $(NANO_OPTIONS)
 	$(PY) -m recipes.nano.pack --trained $(NANO)/ship --out higgs_lab/nano/assets
 	$(PY) -m recipes.nano.evaluate
 

@@ -1,11 +1,12 @@
 """Rebuild parts of the nano family: make speech, then train several parts at once on one GPU.
 
-    python -m recipes.nano.build --parts codec whisper ecapa --out runs/nano --seconds 420
-    python -m recipes.nano.build --parts talker --out runs/nano --seconds 500
+    python -m recipes.nano.build --parts codec --out runs/nano --seconds 540
+    python -m recipes.nano.build --parts talker whisper ecapa --out runs/nano --seconds 540
     python -m recipes.nano.pack --trained runs/nano/ship --out higgs_lab/nano/assets
 
-Each part's log is `PART.log` in `--out`, its packaged weights are in `--out`/ship. The talker needs
-a codec that is finished: its codes are what it learns.
+Each part's log is `PART.log` in `--out`, its packaged weights are in `--out`/ship. The others need a
+codec that is finished: its codes are what the talker learns, and the judges hear a quarter of their
+speech through it, as a judge of real speech has heard codecs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import time
 from pathlib import Path
 
 # seconds of a part as a share of the whole, hours of speech it holds on the device
-SHARE = {"codec": 0.8, "whisper": 1.0, "ecapa": 0.8, "talker": 1.0}
-HOURS = {"codec": 15, "whisper": 60, "ecapa": 60, "talker": 0}
+SHARE = {"codec": 1.0, "whisper": 0.35, "ecapa": 0.3, "talker": 1.0}
+HOURS = {"codec": 20, "whisper": 60, "ecapa": 60, "talker": 0}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--ship", type=Path, help="where packaged weights go (default: ship in --out)")
     add("--data", type=Path, default=Path("/dev/shm/nano"), help="where the speech is made")
     add("--hours", type=float, default=60, help="of speech")
-    add("--seconds", type=float, default=420, help="of training")
+    add("--seconds", type=float, default=540, help="of training")
     add("--codec", type=Path, help="a trained or packaged codec (default: the one in --out)")
     add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4), help="that speak")
     add("--extra", nargs=argparse.REMAINDER, default=[], help="more options for every part")

@@ -1,6 +1,6 @@
 """Train the nano codec: straight-through RVQ, EMA codebooks, multi-resolution spectral losses.
 
-    python -m recipes.nano.train_codec --data /dev/shm/nano --out runs/nano/codec --seconds 360
+    python -m recipes.nano.train_codec --data /dev/shm/nano --out runs/nano/codec --seconds 540
 
 Time is the budget: the learning rate is a cosine over `--seconds`. `codec.safetensors` in `--out`
 is rewritten every minute, so that the other parts can pick it up and a time-out loses nothing.
@@ -197,12 +197,12 @@ def recorded(step: Callable[[], dict], device: torch.device) -> Callable[[], dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = options(__doc__, seconds=360, hours=20, batch=48, lr=1e-3)
+    parser = options(__doc__, seconds=540, hours=20, batch=48, lr=1e-3)
     parser.add_argument("--decoder-hidden", type=int, default=DECODER_HIDDEN)
-    parser.add_argument("--crop-frames", type=int, default=20, help="of 40 ms")
+    parser.add_argument("--crop-frames", type=int, default=16, help="of 40 ms")
     parser.add_argument("--plain", type=float, default=0.05, help="share of the time without codes")
     parser.add_argument(
-        "--adversary", type=float, default=0.4, help="share of the time before it joins"
+        "--adversary", type=float, default=0.3, help="share of the time before it joins"
     )
     parser.add_argument(
         "--compile",
