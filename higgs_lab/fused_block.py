@@ -53,14 +53,14 @@ class Site:
     def forth(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [N, I] -> outputs [N, O], and x A' [N, P], which the way back wants.
 
-        Whichever of input and output is smaller is touched once more: [x | x A'] is one product, or
-        the adapters' part is added in fp32, which is no pass of its own where what follows is
-        compiled.
+        [x | x A'] is one product. Where the output is the smaller one and goes into the residual
+        stream at once (a site of one layer), the adapters' part is added to it instead: outputs are
+        fp32 then, and compiled it is no pass of its own.
         """
         if not self.downs:
             return F.linear(x, self.whole), None
         low = F.linear(x, self.down)
-        if self.outputs < self.inputs:
+        if self.outputs < self.inputs and len(self.ups) == 1:
             base, ups = self.whole[: self.outputs].split((self.inputs, low.shape[1]), dim=1)
             return F.linear(x, base).float() + F.linear(low, ups).float(), low
         return F.linear(torch.cat([x, low], dim=1), self.whole[: self.outputs]), low

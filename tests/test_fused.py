@@ -20,8 +20,8 @@ WEIGHTS = torch.linspace(0.5, 1.5, 8)
 WAYS = ["attention", "attention_mlp", "attention_mlp_table", "full"]
 
 
-def model(way: str, dropout: float = 0.0) -> torch.nn.Module:
-    talker = tiny_talker(scale=4)
+def model(way: str, dropout: float = 0.0, **changes) -> torch.nn.Module:
+    talker = tiny_talker(scale=4, **changes)
     if way == "full":
         return talker.train().requires_grad_(True)
     made = attach_lora(talker, way, rank=4, alpha=8, dropout=dropout)
@@ -206,10 +206,11 @@ def test_a_switched_off_adapter_is_off_in_packed_batches():
     assert not torch.allclose(made(**packed).logits, wanted)
 
 
-def test_bf16_products_stay_near_fp32():
+@pytest.mark.parametrize("head_dim", [16, 4])  # 4: q, k and v together narrower than the block
+def test_bf16_products_stay_near_fp32(head_dim):
     batch = pack(three_examples())
-    wanted = step(model("attention_mlp"), batch)
-    made = model("attention_mlp")
+    wanted = step(model("attention_mlp", head_dim=head_dim), batch)
+    made = model("attention_mlp", head_dim=head_dim)
     made.base_model.model.bfloat16()
     for parameter in made.parameters():
         if parameter.requires_grad:
