@@ -6,9 +6,10 @@ gained against the modules:
 
 - q, k and v are one matrix, gate and up another: 4 large products a block instead of 7;
 - a LoRA costs few passes over large tensors, compiled hardly any: the product is
-  [x | x A'] @ [W | B]', with B in extra columns beside the frozen weights, so that the low-rank part
-  is added inside the matrix units' fp32 sum, or where the output is the smaller one a second product
-  is added to it in fp32; the way back has A in extra rows, or takes d(x A') from extra columns;
+  [x | x A'] @ [W | B]', with B in extra columns beside the frozen weights, so that the low-rank
+  part is added inside the matrix units' fp32 sum; where the output is the smaller one, a second
+  product is added to it in fp32. The way back has A in extra rows, or takes d(x A') from extra
+  columns;
 - what trains is an fp32 master; the products use copies in bf16, taken anew each pass;
 - the way back is written out, so it is known what is kept for it and what is computed again
   (`CHECKPOINTING`), compiled or not;
