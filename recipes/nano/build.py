@@ -4,9 +4,9 @@
     python -m recipes.nano.build --parts talker whisper ecapa --out runs/nano --seconds 540
     python -m recipes.nano.pack --trained runs/nano/ship --out higgs_lab/nano/assets
 
-Each part's log is `PART.log` in `--out`, its packaged weights are in `--out`/ship. The others need a
-codec that is finished: its codes are what the talker learns, and the judges hear a quarter of their
-speech through it, as a judge of real speech has heard codecs.
+Each part's log is `PART.log` in `--out`, its packaged weights are in `--out`/ship. The others need
+a codec that is finished: its codes are what the talker learns, and the judges hear a quarter of
+their speech through it, as a judge of real speech has heard codecs.
 """
 
 from __future__ import annotations
