@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,16 @@ def lint_tags(text: str) -> list[str]:
 
 def _forbidden(text: str, added_tokens: Iterable[str], keep_tags: bool = True):
     """(position, literal) of what may not reach the tokenizer, first in the text first."""
-    tokens = {t for t in (*PLAIN_CONTROL_TOKENS, *added_tokens) if t and t not in BY_LITERAL}
-    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-    for match in re.finditer(f"{_TAG.pattern}|{pattern}|{_CLOSED.pattern}|<\\|", text):
+    for match in _control(frozenset(added_tokens)).finditer(text):
         if not (keep_tags and match.group() in BY_LITERAL):
             yield match.start(), match.group()
+
+
+@lru_cache(maxsize=16)  # one a tokenizer; to write it anew takes longer than to search
+def _control(added_tokens: frozenset[str]) -> re.Pattern:
+    tokens = {t for t in (*PLAIN_CONTROL_TOKENS, *added_tokens) if t and t not in BY_LITERAL}
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(f"{_TAG.pattern}|{pattern}|{_CLOSED.pattern}|<\\|")
 
 
 def _refusal(text: str, position: int, literal: str) -> str:
