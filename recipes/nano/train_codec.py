@@ -3,7 +3,7 @@
     python -m recipes.nano.train_codec --data /dev/shm/nano --out runs/nano/codec --seconds 540
 
 Time is the budget: the learning rate is a cosine over `--seconds`. `codec.safetensors` in `--out`
-is rewritten every minute, so that the other parts can pick it up and a time-out loses nothing.
+is rewritten every 15 seconds, so that the other parts can pick it up and a time-out loses nothing.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def fuse_snakes(model, backend: str) -> None:
             module.forward = lambda x, alpha=module.alpha: fused(x, alpha)
 
 
-def save(model, args: argparse.Namespace) -> None:
+def save(model, args: argparse.Namespace, ship: bool = True) -> None:
     """The whole state, and the packaged one in --ship."""
     tensors = state_of(model)
     atomically(args.out / "codec.safetensors", lambda path: save_file(tensors, path))
-    if args.ship:
+    if args.ship and ship:
         args.ship.mkdir(parents=True, exist_ok=True)
         core = codec_core(tensors)
         atomically(args.ship / "codec.safetensors", lambda path: pack(core, path, {}))
@@ -94,11 +94,16 @@ def save(model, args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def finish(model, args: argparse.Namespace) -> None:
-    """Round the weights to what the packaged file can hold, so that all later parts see those."""
+    """Round the weights to what the packaged file holds, so that all later parts see those.
+
+    That file is written before: packed once more, rows would get other scales, and users other
+    codes than those that the talker learns.
+    """
+    save(model, args)
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.copy_(round_trip(value, wants_int8(name, value)))
-    save(model, args)
+    save(model, args, ship=False)
 
 
 class Training:
@@ -227,12 +232,12 @@ def main(argv: list[str] | None = None) -> None:
         wanted = "plain" if clock.progress < args.plain and not args.init else "coded"
         if clock.progress >= args.adversary:
             wanted = "contested"
+        feed(training, pool, clock.step)
         if wanted != phase:
-            if phase == "plain":
+            if wanted != "plain" and (phase == "plain" or not phase and not args.init):
                 start_codes(training, pool)
             phase = wanted
             step = recorded(getattr(training, phase), device)
-        feed(training, pool, clock.step)
         found = step()
         if clock.to_log():
             figures = " ".join(f"{name} {value.item():.3f}" for name, value in found.items())

@@ -1,0 +1,84 @@
+"""The nano family's training scripts on seconds of sound: every phase runs, what ships loads."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.nano import train_codec
+from recipes.nano.codec_model import encode_codes, load_codec
+from recipes.nano.common import Clock
+from tests.tiny import voice_like
+
+
+class Steps(Clock):
+    """A clock that counts steps instead of seconds, and has each of them logged."""
+
+    def __init__(self, args, warm_steps):
+        super().__init__(args, warm_steps, log_sec=0)
+
+    @property
+    def elapsed(self) -> float:
+        return self.step
+
+
+@pytest.fixture(autouse=True)
+def switches():
+    """Put back what a script sets for its whole process."""
+    saved = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(saved[0])
+    torch.backends.cudnn.benchmark = saved[1]
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """A folder of shards: one, of six utterances."""
+    folder = tmp_path_factory.mktemp("speech")
+    wavs = [(voice_like(1.2, seed=i) * 32767).astype(np.int16) for i in range(6)]
+    rows = [[i * len(wav), len(wav), "A text.", "en", i] for i, wav in enumerate(wavs)]
+    np.save(folder / "shard-00000.npy", np.concatenate(wavs))
+    (folder / "shard-00000.json").write_text(json.dumps({"rows": rows}))
+    (folder / "complete").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("shares", "phases"),
+    [
+        ((0.4, 0.7), ["plain"] * 2 + ["coded"] * 2 + ["contested"] * 2),
+        ((0, 1.1), ["coded"] * 6),
+    ],
+)
+def test_the_codec_trains_through_its_phases_and_ships(
+    speech, tmp_path, shares, phases, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_codec, "START_CROPS", 16)
+    monkeypatch.setattr(train_codec, "Clock", Steps)
+    ship = tmp_path / "ship"
+    plain, adversary = map(str, shares)
+    sizes = ["--decoder-hidden", "48", "--batch", "2", "--crop-frames", "4", "--hours", "0.01"]
+    train_codec.main(
+        ["--data", str(speech), "--out", str(tmp_path), "--ship", str(ship), "--seconds", "6"]
+        + ["--device", "cpu", *sizes, "--plain", plain, "--adversary", adversary]
+    )
+    printed = capsys.readouterr().out
+    logged = re.findall(r"s (\w+) step \d+ loss (\S+)(.*) hours", printed)
+    assert [phase for phase, *_ in logged] == phases
+    figures = [float(loss) for _, loss, _ in logged]
+    figures += [float(word) for *_, rest in logged for word in rest.split()[1::2]]
+    assert np.isfinite(figures).all()
+    used = json.loads(re.findall(r"codes used (\[.*\])", printed)[-1])
+    assert len(used) == 8 and used[0] > 50  # of some 200 vectors; 5 where k-means was left out
+    # what users get gives the very codes of what was trained
+    wav = torch.from_numpy(voice_like(1.0, seed=9))[None]
+    with torch.no_grad():
+        trained, shipped = (
+            encode_codes(load_codec(folder / "codec.safetensors", "cpu"), wav)
+            for folder in (tmp_path, ship)
+        )
+    assert torch.equal(trained, shipped)
