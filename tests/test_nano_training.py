@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 
@@ -9,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.nano import train_codec
+from higgs_lab.fused import fuse
+from higgs_lab.nano.packing import expand_talker
+from recipes.nano import train_codec, train_talker
 from recipes.nano.codec_model import encode_codes, load_codec
 from recipes.nano.common import Clock
-from tests.tiny import voice_like
+from recipes.nano.pack import pack_talker
+from recipes.nano.talker_data import Examples
+from recipes.nano.voices import HOME_VOICES, all_voices
+from tests.tiny import random_codes, voice_like
 
 
 class Steps(Clock):
@@ -82,3 +88,33 @@ def test_the_codec_trains_through_its_phases_and_ships(
             for folder in (tmp_path, ship)
         )
     assert torch.equal(trained, shipped)
+
+
+def test_the_talker_learns_from_shards_of_codes_and_ships(tmp_path, monkeypatch):
+    home = [voice.name for voice in all_voices()].index(HOME_VOICES[0])
+    codes = [random_codes(30, seed) for seed in range(4)]
+    table = [[30 * i, 30, f"Text number {i}.", "en", home] for i in range(4)]
+    np.save(tmp_path / "codes-00000.npy", torch.cat(codes).numpy().astype(np.uint16))
+    (tmp_path / "codes-00000.json").write_text(json.dumps(table))
+    few = train_talker.TEXT_CONFIG | {"num_hidden_layers": 2}
+    monkeypatch.setattr(train_talker, "TEXT_CONFIG", few)
+
+    examples = Examples(tmp_path, train_talker.nano_vocab(), 768, seed=0, begin=0, seconds=1)
+    weights = torch.tensor(train_talker.CODEBOOK_WEIGHTS)
+    pack = next(iter(train_talker.Packs(examples, weights / weights.mean())))
+    torch.manual_seed(0)
+    talker = train_talker.build_talker().train()
+    fuse(talker, "split", dtype=torch.bfloat16)
+    optimizer = train_talker.optimizer_of(talker, lr=2e-3)
+    losses = [train_talker.step(talker, optimizer, pack, half=True)[0].item() for _ in range(4)]
+    # the mean over cells of an untrained talker is that of a guess among 1026 ids
+    assert abs(losses[0] - np.log(1026)) < 0.5 and losses[-1] < losses[0] - 0.5
+
+    train_talker.save(talker, argparse.Namespace(out=tmp_path, ship=tmp_path / "ship"))
+    parts = [tmp_path / "ship" / f"talker-{name}.safetensors" for name in ("mlp", "rest")]
+    pack_talker(parts, tmp_path / "packed.safetensors")
+    config, state = expand_talker(tmp_path / "packed.safetensors")
+    assert config == few and state.keys() == talker.state_dict().keys()
+    for name, value in talker.state_dict().items():
+        if not name.startswith("model.embed_tokens"):  # at full height
+            assert (state[name] - value).norm() < 0.02 * value.norm(), name

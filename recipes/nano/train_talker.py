@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from higgs_lab.attention import attention_kind
 from higgs_lab.batches import Batch
 from higgs_lab.fused import fuse
-from higgs_lab.loss import Targets
+from higgs_lab.loss import LossSums, Targets
 from higgs_lab.nano.packing import TEXT_ROWS
 from higgs_lab.talker import Talker, talker_config
 from higgs_lab.vocab import Vocab
@@ -144,34 +144,22 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if half else torch.float32
     kind = attention_kind("auto", device, dtype)
     fuse(talker, kind, compile=device.type == "cuda", dtype=dtype)
-    parameters = list(talker.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.03},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
+    optimizer = optimizer_of(talker, args.lr)
     if rank == 0:
-        count = sum(p.numel() for p in parameters)
+        count = sum(p.numel() for p in talker.parameters())
         print(f"talker {count / 1e6:.2f} M parameters, attention {kind}", flush=True)
     args.seconds -= time.time() - started
     clock, seen, waited = Clock(args, warm_steps=400), 0, 0.0
     while agreed(clock.tick(optimizer), device, world):
         asked = time.time()
-        batch, targets, cells = next(loader)
+        pack = next(loader)
         waited += time.time() - asked
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            out = talker(**batch.to(device, non_blocking=True).inputs(), targets=targets.to(device))
-        (out.loss / cells).backward()
-        norm = step(optimizer, parameters, world)
-        seen += batch.num_documents * world
+        loss, sums, norm = step(talker, optimizer, pack, half, world)
+        seen += pack[0].num_documents * world
         if rank == 0 and clock.to_log():
-            means = out.sums.means()
+            means = sums.means()
             print(
-                f"talker {clock.elapsed:5.0f}s step {clock.step} loss {out.loss.item() / cells:.4f}"
+                f"talker {clock.elapsed:5.0f}s step {clock.step} loss {loss.item():.4f}"
                 f" c0 {means['loss_code/0']:.3f} c7 {means['loss_code/7']:.3f} "
                 f"eoc0 {means['loss_eoc/0']:.3f} norm {norm.item():.2f} examples "
                 f"{seen / 1e6:.2f} M {clock.step / clock.elapsed:.1f} steps/s, "
@@ -195,8 +183,37 @@ def agreed(go_on: bool, device: torch.device, world: int) -> bool:
     return bool(vote.item())
 
 
-def step(optimizer, parameters: list[Tensor], world: int) -> Tensor:
-    """Mean gradient over ranks, clipped to norm 1; gives the norm."""
+def optimizer_of(talker: Talker, lr: float) -> torch.optim.AdamW:
+    parameters = list(talker.parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.03},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=talker.device.type == "cuda",
+    )
+
+
+def step(
+    talker: Talker,
+    optimizer: torch.optim.Optimizer,
+    pack: tuple[Batch, Targets, float],
+    half: bool = False,
+    world: int = 1,
+) -> tuple[Tensor, LossSums, Tensor]:
+    """One step on a pack of `Packs`: (mean loss, its sums, norm of the gradient).
+
+    Gradients are the mean over ranks, clipped to norm 1.
+    """
+    batch, targets, cells = pack
+    device = talker.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        out = talker(**batch.to(device, non_blocking=True).inputs(), targets=targets.to(device))
+    loss = out.loss / cells
+    loss.backward()
+    parameters = list(talker.parameters())
     if world > 1:
         grads = [p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in grads])
@@ -206,7 +223,7 @@ def step(optimizer, parameters: list[Tensor], world: int) -> Tensor:
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return loss.detach(), out.sums, norm
 
 
 if __name__ == "__main__":
