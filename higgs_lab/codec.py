@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -198,7 +199,7 @@ class Codec:
     @torch.inference_mode()
     def _decode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
         """[B, K, T] -> float32 [B, n]."""
-        with arithmetic(precision, self.device):
+        with arithmetic(precision, self.device, convolutions_alone=True):
             if precision == "fp32" and min(lengths) == batch.shape[2]:
                 return self.model.decode(batch).audio_values[:, 0].float()
             with torch.autocast(self.device.type, enabled=False):  # little work, done well
@@ -250,37 +251,46 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @contextmanager
-def arithmetic(precision: str, device: torch.device):
+def arithmetic(precision: str, device: torch.device, convolutions_alone: bool = False):
     """fp32: the reference, exact. tf32: its products in TF32 (CUDA). fp16, bf16: autocast.
 
-    fp16 rounds products as TF32 does; what leaves its range is computed again in TF32. Compiled
-    code of other threads is compiled anew when matmul's switch changes; so the halves, which have
-    no use for it, leave it alone.
+    fp16 rounds products as TF32 does; what leaves its range is computed again in TF32.
+    convolutions_alone: have TF32 in no other product. Other threads see matmul's switch: their
+    compiled code is compiled anew when it changes, and a talker in fp32 would speak in TF32. So the
+    halves and a decoder, which have no use for it, leave it alone.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
     half = HALVES.get(precision)
+    untouched = half or (precision == "tf32" and convolutions_alone)
     with (
-        _switches(None if half else precision == "tf32", convolution_tf32=precision != "fp32"),
+        _switches(None if untouched else precision == "tf32", precision != "fp32"),
         torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None),
     ):
         yield
 
 
+_one_setting = threading.RLock()
+
+
 @contextmanager
 def _switches(matmul_tf32: bool | None, convolution_tf32: bool):
-    """TF32 on or off, for the whole process; None leaves matmul's as it is. No autotuning."""
+    """TF32 on or off, for the whole process; None leaves matmul's as it is. No autotuning.
+
+    One thread at a time: another would change what this one computes with, and put it back wrong.
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    saved = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    if matmul_tf32 is not None:
-        matmul.allow_tf32 = matmul_tf32
-    cudnn.allow_tf32, cudnn.benchmark = convolution_tf32, False
-    try:
-        yield
-    finally:
+    with _one_setting:
+        saved = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
         if matmul_tf32 is not None:
-            matmul.allow_tf32 = saved[0]
-        cudnn.allow_tf32, cudnn.benchmark = saved[1:]
+            matmul.allow_tf32 = matmul_tf32
+        cudnn.allow_tf32, cudnn.benchmark = convolution_tf32, False
+        try:
+            yield
+        finally:
+            if matmul_tf32 is not None:
+                matmul.allow_tf32 = saved[0]
+            cudnn.allow_tf32, cudnn.benchmark = saved[1:]
 
 
 def _batches(by_length: dict[int, list[int]], max_length: int, ragged: bool) -> Iterator[list[int]]:
