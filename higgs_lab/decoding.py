@@ -1,7 +1,7 @@
-"""Many requests at once: slots of a static cache, filled anew as soon as one is done.
+"""Many requests at once: slots of a static cache, filled anew when they are done.
 
 Nothing in a step of the slots waits for the GPU; the host looks at them every few steps, takes what
-has ended, and lets waiting prompts in.
+has ended, and lets waiting prompts in: on a GPU once enough slots have idled to pay for the pass.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def snake(
     Returns (the activation, y + bias + trunk if keep else None), both of y's dtype; of clip i only
     the first ends[i] steps are filled, the activation's others are zero.
     """
-    if y.is_cuda and y[0].numel() < 2**31 and _works(y.device):
+    if y.is_cuda and y[0].numel() <= 2**31 - BLOCK and _works(y.device):
         with torch.cuda.device(y.device):
             return _launch(y, bias, alpha, ends, trunk, keep)
     return snake_in_torch(y, bias, alpha, ends, trunk, keep)
