@@ -128,7 +128,11 @@ def generate_each(
     if decoder is None or not decoder.engine.fits(talker):
         decoder = None  # frees the cache before the next is made
         decoder = Decoder(Engine(talker))
-    yield from decoder.run(requests, max_batch, log_probs, compile)
+    try:
+        yield from decoder.run(requests, max_batch, log_probs, compile)
+    except GeneratorExit:  # the caller has heard enough: what was recorded and compiled stays
+        _DECODERS[talker] = decoder
+        raise
     _DECODERS[talker] = decoder
 
 

@@ -147,6 +147,13 @@ def test_results_come_as_they_end_and_a_caller_may_leave(talker, slow):
     for _ in itertools.islice(generate_each(talker, prompts, settings, max_batch=2), 1):
         inside = generate(talker, prompts[:2], settings[:2])  # while the other is under way
     assert same(inside[0], slow[0])
+    takes = generate_each(talker, prompts, settings, max_batch=2)
+    next(takes)
+    takes.close()
+    left = generating._DECODERS[talker]  # with what it has recorded
+    again = dict(generate_each(talker, prompts, settings, max_batch=2))
+    assert all(same(again[i], slow[i]) for i in range(6))
+    assert generating._DECODERS[talker] is left
 
 
 def test_fused_weights_are_the_modules_own():
