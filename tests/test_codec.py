@@ -6,9 +6,6 @@ import copy
 import json
 import math
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.audio import audio_info, read_audio
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from higgs_lab.codec import Codec, arithmetic, codec_config, codec_hash, exact_float32
+from higgs_lab.codec import Codec, codec_config, codec_hash, exact_float32
 from higgs_lab.nano.build import small_codec_config
 from higgs_lab.vocab import CODEC_CONFIG
 from tests.tiny import random_codes, voice_like
@@ -374,46 +371,6 @@ def test_ragged_decoding_is_decoding_one_by_one(nano):
         wanted = codec.decode(clip)
         assert wave.shape == wanted.shape
         np.testing.assert_allclose(wave, wanted, atol=2e-5)
-
-
-def test_threads_of_other_precisions_wait_for_each_other():
-    """Switches are the process's: an encoder met TF32, which then stayed on for good."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    cpu, before = torch.device("cpu"), (matmul.allow_tf32, cudnn.allow_tf32)
-    inside, leave = threading.Event(), threading.Event()
-
-    def decode():
-        with arithmetic("tf32", cpu):
-            inside.set()
-            leave.wait(1)
-
-    def encode():
-        inside.wait(1)
-        with arithmetic("fp32", cpu):
-            leave.set()
-            time.sleep(0.05)
-            return matmul.allow_tf32, cudnn.allow_tf32
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.submit(decode), pool.submit(encode)
-        threading.Timer(0.1, leave.set).start()
-    assert second.result() == (False, False) and first.exception() is None
-    assert (matmul.allow_tf32, cudnn.allow_tf32) == before
-
-
-@pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_decoding_leaves_matmul_as_compiled_code_of_other_threads_knows_it(tf32, precision):
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
-    try:
-        guard = torch._C._dynamo.guards.GlobalStateGuard()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with arithmetic(precision, device, convolutions_alone=True):
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                assert guard.check(), guard.reason()
-    finally:
-        matmul.allow_tf32 = before
 
 
 def test_other_precisions_are_asked_for_by_name(nano):

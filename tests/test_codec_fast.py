@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import higgs_lab.codec
-from higgs_lab.codec import Codec
+from higgs_lab.codec import Codec, arithmetic
 from higgs_lab.codec_fast import _normalised_alone, run_dac, semantic_frames, stage_lengths
 from tests.tiny import random_codes, voice_like
 
@@ -169,6 +171,46 @@ def test_what_was_switched_is_put_back_after_an_error(codec, wavs, monkeypatch, 
         codec.encode_batch(wavs, precision=precision, ragged=True)
     assert switches() == before
     assert "forward" not in vars(norm)
+
+
+def test_threads_of_other_precisions_wait_for_each_other():
+    """Switches are the process's: an encoder met TF32, which then stayed on for good."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cpu, before = torch.device("cpu"), (matmul.allow_tf32, cudnn.allow_tf32)
+    inside, leave = threading.Event(), threading.Event()
+
+    def decode():
+        with arithmetic("tf32", cpu):
+            inside.set()
+            leave.wait(1)
+
+    def encode():
+        inside.wait(1)
+        with arithmetic("fp32", cpu):
+            leave.set()
+            time.sleep(0.05)
+            return matmul.allow_tf32, cudnn.allow_tf32
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(decode), pool.submit(encode)
+        threading.Timer(0.1, leave.set).start()
+    assert second.result() == (False, False) and first.exception() is None
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_decoding_leaves_matmul_as_compiled_code_of_other_threads_knows_it(tf32, precision):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        guard = torch._C._dynamo.guards.GlobalStateGuard()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with arithmetic(precision, device, convolutions_alone=True):
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                assert guard.check(), guard.reason()
+    finally:
+        matmul.allow_tf32 = before
 
 
 @pytest.mark.gpu
