@@ -37,7 +37,8 @@ def bundled(nano) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def direct(bundled) -> HiggsAudioV2TokenizerModel:
     """transformers' model, built from the configuration and loaded without our code."""
-    model = HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig(**small_codec_config()))
+    config = codec_config(bundled, CODEC_CONFIG)  # strict loading would refuse a wrong one
+    model = HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig(**config))
     state = {k: v.float() for k, v in bundled.items() if "masked_spec_embed" not in k}
     model.load_state_dict(state, strict=True)
     return model.eval()
@@ -298,8 +299,11 @@ def test_sizes_of_the_released_codec_come_out_of_its_shapes():
     assert "semantic_model.masked_spec_embed" not in state
 
 
-def test_sizes_of_a_small_codec_come_out_of_its_shapes(bundled):
-    assert codec_config(bundled, CODEC_CONFIG) == small_codec_config()
+def test_sizes_of_a_small_codec_come_out_of_its_shapes():
+    config = HiggsAudioV2TokenizerConfig(**small_codec_config())
+    with torch.device("meta"):
+        state = HiggsAudioV2TokenizerModel(config).state_dict()
+    assert codec_config(state, CODEC_CONFIG) == small_codec_config()
     assert CODEC_CONFIG["semantic_model_config"]["hidden_size"] == 768  # the constant is not edited
 
 

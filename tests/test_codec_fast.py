@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,15 +50,14 @@ def test_dacs_networks_are_the_models_own(codec, part, steps):
     net = getattr(codec.model, part)
     x = torch.randn(2, net.conv1.in_channels, steps, generator=torch.Generator().manual_seed(0))
     wanted = net(x)
-    torch.testing.assert_close(run_dac(net, x, [steps, steps]), wanted, atol=1e-5, rtol=1e-4)
+    close = partial(torch.testing.assert_close, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
+    close(run_dac(net, x, [steps, steps]), wanted)
     assert stage_lengths(net, steps)[-1] == wanted.shape[-1]
     # the second clip ends sooner; what stands behind its end is not seen
     shorter = run_dac(net, x, [steps, steps - 5])
     end = stage_lengths(net, steps - 5)[-1]
-    torch.testing.assert_close(shorter[0], wanted[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        shorter[1, :, :end], net(x[1:, :, : steps - 5])[0], atol=1e-5, rtol=1e-4
-    )
+    close(shorter[0], wanted[0])
+    close(shorter[1, :, :end], net(x[1:, :, : steps - 5])[0])
 
 
 @pytest.mark.parametrize("samples", [24_000, 24_001, 24_120, 24_121, 24_959, 24_960, 50_000])

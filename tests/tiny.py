@@ -7,6 +7,7 @@ to run, these are a hundred times faster.
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 
@@ -192,3 +193,9 @@ def prepared_rows(count: int, split: str = "train", seed: int = 0, speakers: int
             }
         )
     return made
+
+
+def num_layers(checkpoint: Path) -> int:
+    """Blocks of a native checkpoint's talker: tests must not know the nano's size."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return config["text_config"]["num_hidden_layers"]
