@@ -91,7 +91,8 @@ def test_it_is_built_once_and_appears_whole(nano, tmp_path, monkeypatch):
         calls.append(path)
         path.mkdir(parents=True)
 
-    monkeypatch.setattr("higgs_lab.nano.build.random_checkpoint", build)
+    for name in ("random_checkpoint", "write_checkpoint"):  # without trained weights, and with
+        monkeypatch.setattr(f"higgs_lab.nano.build.{name}", build)
     first, second = nano_checkpoint(), nano_checkpoint()
     assert first == second and first.parent == tmp_path
     assert len(calls) == 1
