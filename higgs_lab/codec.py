@@ -188,7 +188,8 @@ class Codec:
         by_length.pop(0, None)
         for part in _batches(by_length, max_batch_frames, ragged):
             lengths = [len(codes[i]) for i in part]
-            longest = self._rounded(max(lengths), 25) if ragged else lengths[0]
+            second = self.sample_rate_hz // self.samples_per_frame
+            longest = self._rounded(max(lengths), second) if ragged else lengths[0]
             rows = [torch.nn.functional.pad(codes[i].long().T, (0, longest - len(codes[i])))
                     for i in part]  # fmt: skip
             out = self._decode(torch.stack(rows).to(self.device), lengths, precision)
@@ -220,7 +221,7 @@ class Codec:
 
     def _check(self, wav: np.ndarray | Tensor) -> np.ndarray:
         # numpy, on one core: torch splits so short an array over all cores of the host, and where
-        # a container may use few of them, its threads wait for each other for 8 ms a call
+        # a container may use few of them, its threads wait for each other for milliseconds a call
         if isinstance(wav, Tensor):
             wav = wav.detach().to("cpu", torch.float32).numpy()
         wav = np.asarray(wav, np.float32)

@@ -56,7 +56,7 @@ def speech(tmp_path_factory):
 @pytest.mark.parametrize(
     ("shares", "phases"),
     [
-        ((0.4, 0.7), ["plain"] * 2 + ["coded"] * 2 + ["contested"] * 2),
+        ((0.4, 0.7), ["plain"] * 2 + ["coded"] * 2 + ["adversarial"] * 2),
         ((0, 1.1), ["coded"] * 6),
     ],
 )
@@ -66,11 +66,11 @@ def test_the_codec_trains_through_its_phases_and_ships(
     monkeypatch.setattr(train_codec, "START_CROPS", 16)
     monkeypatch.setattr(train_codec, "Clock", Steps)
     ship = tmp_path / "ship"
-    plain, adversary = map(str, shares)
+    plain, adversarial = map(str, shares)
     sizes = ["--decoder-hidden", "48", "--batch", "2", "--crop-frames", "4", "--hours", "0.01"]
     train_codec.main(
         ["--data", str(speech), "--out", str(tmp_path), "--ship", str(ship), "--seconds", "6"]
-        + ["--device", "cpu", *sizes, "--plain", plain, "--adversary", adversary]
+        + ["--device", "cpu", *sizes, "--plain", plain, "--adversarial", adversarial]
     )
     printed = capsys.readouterr().out
     logged = re.findall(r"s (\w+) step \d+ loss (\S+)(.*) hours", printed)

@@ -72,9 +72,8 @@ def build_codec(**sizes: int):
 def _start_linear(model) -> None:
     """Weights with which encoder and decoder begin as almost linear maps that keep the level.
 
-    From the usual start (0.02 everywhere, or PyTorch's own, and alpha 1) the wave comes out as
-    noise of the right colour and stays so for thousands of steps: nothing tells the encoder to pass
-    on a phase. From this one waves begin to match after a hundred steps.
+    From the usual starts (0.02 everywhere, or PyTorch's own, and alpha 1) thin layers pass on
+    hardly anything of a wave at first.
     """
     parts = (model.acoustic_encoder, model.acoustic_decoder)
     for module in (module for part in parts for module in part.modules()):

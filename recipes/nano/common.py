@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ def options(doc: str, *, seconds: float, hours: float, batch: int, lr: float):
 def autocast(args: argparse.Namespace) -> torch.autocast:
     kind = torch.device(args.device).type
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or args.bf16)
+
+
+@lru_cache(maxsize=16)  # made before a step is recorded, not in it
+def hann(n_fft: int, device: str) -> Tensor:
+    return torch.hann_window(n_fft, device=device)
 
 
 class Clock:

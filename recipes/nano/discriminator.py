@@ -7,28 +7,60 @@ periods (HiFi-GAN, arXiv:2010.05646, §2.3), both narrower than there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pad
+
+from recipes.nano.common import hann
 
 WINDOWS = (2048, 1024, 512)
 PERIODS = (2, 3, 5, 7, 11)
 
 
-class Part(nn.Module):
-    """Convolutions over an image of the wave: `forward` gives scores and every layer's features."""
+def stft_image(wav: Tensor, n_fft: int) -> Tensor:
+    """wav [B, n] -> its complex spectrum [B, 2, frames, n_fft / 2 + 1], real and imaginary."""
+    window = hann(n_fft, str(wav.device))
+    spectrum = torch.stft(
+        wav.float(), n_fft, n_fft // 4, window=window, normalized=True, return_complex=True
+    )
+    x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)
+    return 15 * x  # speech of the family's level then has a spread of about one
 
-    def __init__(self, channels: list[int], kernel, stride, dilations, padding):
+
+def period_image(wav: Tensor, period: int) -> Tensor:
+    """wav [B, n] -> folded [B, 1, ceil(n / period), period]."""
+    wav = pad(wav, (0, -wav.shape[-1] % period))
+    return 10 * wav.unflatten(-1, (-1, period))[:, None]
+
+
+class ImageDiscriminator(nn.Module):
+    """Convolutions over an image of the wave.
+
+    image: wav [B, n] -> [B, C, H, W]; channels: of each layer's input and output; the first layer
+    does not stride. `forward` gives (scores [B, 1, H', W'], the output of every layer).
+    """
+
+    def __init__(
+        self,
+        image: Callable[[Tensor], Tensor],
+        channels: list[int],
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        dilations: tuple[int, ...],
+    ):
         super().__init__()
-        pairs = list(zip(channels, channels[1:], strict=False))
+        self.image = image
+        pairs = zip(channels, channels[1:], dilations, strict=False)
         self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, kernel, stride if i else 1, padding(d), (d, 1))
-            for i, ((a, b), d) in enumerate(zip(pairs, dilations, strict=True))
+            nn.Conv2d(
+                a, b, kernel, stride if i else 1, (kernel[0] // 2 * d, kernel[1] // 2), (d, 1)
+            )
+            for i, (a, b, d) in enumerate(pairs)
         )
         self.last = nn.Conv2d(channels[-1], 1, 3, padding=1)
-
-    def image(self, wav: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, features = self.image(wav), []
@@ -38,52 +70,41 @@ class Part(nn.Module):
         return self.last(x), features
 
 
-class OfSpectrum(Part):
-    def __init__(self, n_fft: int, width: int):
-        super().__init__([2] + [width] * 4, (3, 9), (1, 2), (1, 1, 2, 4), lambda d: (d, 4))
-        self.n_fft = n_fft
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-
-    def image(self, wav: Tensor) -> Tensor:
-        spectrum = torch.stft(
-            wav.float(), self.n_fft, self.n_fft // 4, window=self.window, normalized=True,
-            return_complex=True,
-        )  # fmt: skip
-        x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # [B, 2, T, F]
-        return 15 * x  # speech of the family's level then has a spread of about one
-
-
-class OfPeriod(Part):
-    def __init__(self, period: int, width: int):
-        channels = [1, width // 2, width, 2 * width, 2 * width]
-        super().__init__(channels, (5, 1), (3, 1), (1, 1, 1, 1), lambda d: (2, 0))
-        self.period = period
-
-    def image(self, wav: Tensor) -> Tensor:
-        wav = pad(wav, (0, -wav.shape[-1] % self.period))
-        return 10 * wav.unflatten(-1, (-1, self.period))[:, None]  # [B, 1, n / period, period]
-
-
 class Discriminator(nn.Module):
+    """Multi-resolution spectra and multiple periods, judged together; wav [B, n] at 24 kHz."""
+
     def __init__(self, width: int = 32):
         super().__init__()
+        spectra = [2] + [width] * 4
+        folded = [1, width // 2, width, 2 * width, 2 * width]
         self.parts = nn.ModuleList(
-            [OfSpectrum(n, width) for n in WINDOWS] + [OfPeriod(p, width) for p in PERIODS]
+            [
+                ImageDiscriminator(
+                    partial(stft_image, n_fft=n), spectra, (3, 9), (1, 2), (1, 1, 2, 4)
+                )
+                for n in WINDOWS
+            ]
+            + [
+                ImageDiscriminator(
+                    partial(period_image, period=p), folded, (5, 1), (3, 1), (1, 1, 1, 1)
+                )
+                for p in PERIODS
+            ]
         )
 
     def forward(self, wav: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         return [part(wav) for part in self.parts]
 
     def loss(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Least squares of telling them apart."""
+        """Least squares of telling fake from real (LSGAN), the discriminator's own loss."""
         total = fake.new_zeros(())
         for score, _ in self(torch.cat([fake, real])):
             of_fake, of_real = score.float().chunk(2)
             total = total + of_fake.square().mean() + (1 - of_real).square().mean()
         return total / len(self.parts)
 
-    def judge(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """What the codec makes small: (its scores' distance from real, that of the features)."""
+    def generator_losses(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """What the codec makes small: (adversarial loss, feature matching, relative to real)."""
         score, distance, layers = fake.new_zeros(()), fake.new_zeros(()), 0
         with torch.no_grad():
             wanted = self(real)

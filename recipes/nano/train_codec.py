@@ -23,12 +23,17 @@ from recipes.nano.codec_model import (
     build_codec,
     encode_hidden,
 )
-from recipes.nano.common import Clock, atomically, autocast, options, state_of
+from recipes.nano.common import Clock, atomically, autocast, hann, options, state_of
 from recipes.nano.discriminator import Discriminator
 from recipes.nano.pool import SpeechPool, add_floor
 
 SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))  # window, mel bands
-WEIGHTS = {"commit": 0.1, "left": 0.1, "score": 0.1, "features": 1.0}  # beside the spectral loss
+WEIGHTS = {
+    "commit": 0.1,
+    "left": 0.1,
+    "adversarial": 0.1,
+    "matching": 1.0,
+}  # beside the spectral loss
 START_CROPS = 512  # of one second: 12,800 vectors for the k-means of 1,024 codes
 
 
@@ -39,11 +44,6 @@ def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
 
     filters = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 12_000.0, bands, 24_000)
     return filters.to(device)
-
-
-@lru_cache(maxsize=16)
-def hann(n_fft: int, device: str) -> Tensor:
-    return torch.hann_window(n_fft, device=device)
 
 
 def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Training:
     """The codec with its losses and optimisers; each method is one whole step on `clip`.
 
     Methods give what is logged. All tensors stay where they are, so that a step can be recorded as
-    a CUDA graph: launched one by one, its two thousand small kernels take four times as long.
+    a CUDA graph: launched one by one, its many small kernels keep the device waiting for the host.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
@@ -130,8 +130,10 @@ class Training:
         options = dict(betas=(0.8, 0.99), capturable=gpu)
         lr = torch.tensor(args.lr, device=device) if gpu else args.lr
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-3, **options)
-        self.adversary = Discriminator().to(device)
-        self.opponent = torch.optim.AdamW(self.adversary.parameters(), lr=3e-4, **options)
+        self.discriminator = Discriminator().to(device)
+        self.discriminator_optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(), lr=3e-4, **options
+        )
         self.clip = torch.zeros(args.batch, 960 * args.crop_frames, device=device)
         self.keep = torch.full((args.batch,), 8, device=device)
 
@@ -143,19 +145,19 @@ class Training:
         quantised, commit, left = self.rvq(self._encode(), self.keep)
         return self._update(self._decode(quantised), commit=commit, left=left)
 
-    def contested(self) -> dict[str, Tensor]:
-        """`coded`, with the adversary's step before."""
+    def adversarial(self) -> dict[str, Tensor]:
+        """`coded`, with a step of the discriminator before."""
         quantised, commit, left = self.rvq(self._encode(), self.keep)
         fake = self._decode(quantised)
         with self._autocast():
-            told = self.adversary.loss(fake.detach(), self.clip)
-        self.opponent.zero_grad(set_to_none=True)
+            told = self.discriminator.loss(fake.detach(), self.clip)
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
         told.backward()
-        self.opponent.step()
+        self.discriminator_optimizer.step()
         with self._autocast():
-            score, features = self.adversary.judge(fake, self.clip)
-        terms = dict(commit=commit, left=left, score=score, features=features)
-        return self._update(fake, **terms) | {"told": told.detach()}
+            adversarial, matching = self.discriminator.generator_losses(fake, self.clip)
+        terms = dict(commit=commit, left=left, adversarial=adversarial, matching=matching)
+        return self._update(fake, **terms) | {"discriminator": told.detach()}
 
     def _autocast(self):
         return autocast(self.args)
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--crop-frames", type=int, default=16, help="of 40 ms")
     parser.add_argument("--plain", type=float, default=0.05, help="share of the time without codes")
     parser.add_argument(
-        "--adversary", type=float, default=0.3, help="share of the time before it joins"
+        "--adversarial", type=float, default=0.3, help="share of the time before the discriminator"
     )
     parser.add_argument(
         "--compile",
@@ -230,8 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         if clock.step % 200 == 100:
             pool.refresh()
         wanted = "plain" if clock.progress < args.plain and not args.init else "coded"
-        if clock.progress >= args.adversary:
-            wanted = "contested"
+        if clock.progress >= args.adversarial:
+            wanted = "adversarial"
         feed(training, pool, clock.step)
         if wanted != phase:
             if wanted != "plain" and (phase == "plain" or not phase and not args.init):
