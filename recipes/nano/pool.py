@@ -61,10 +61,18 @@ class SpeechPool:
         return len(self.rows) - before
 
     def wait(self, hours: float) -> None:
-        """Block until at least `hours` of speech are in, or the folder is complete."""
+        """Block until at least `hours` of speech are in, or the folder is complete.
+
+        Raises ValueError when the folder is complete and nothing of it fits.
+        """
         while True:
             complete = (self.folder / "complete").exists()
             self.refresh()
+            if complete and not self.rows:
+                room = len(self.wav) / 24_000 / 3600
+                raise ValueError(
+                    f"{self.folder}: no shard fits {room:.2f} hours: give more --hours"
+                )
             if self.hours >= hours or complete:
                 return
             time.sleep(1)
