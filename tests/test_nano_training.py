@@ -14,7 +14,7 @@ from higgs_lab.fused import fuse
 from higgs_lab.nano.packing import expand_talker
 from recipes.nano import train_codec, train_talker
 from recipes.nano.codec_model import encode_codes, load_codec
-from recipes.nano.common import Clock
+from recipes.nano.common import Clock, LastGood
 from recipes.nano.pack import pack_talker
 from recipes.nano.talker_data import Examples
 from recipes.nano.voices import HOME_VOICES, all_voices
@@ -118,3 +118,33 @@ def test_the_talker_learns_from_shards_of_codes_and_ships(tmp_path, monkeypatch)
     for name, value in talker.state_dict().items():
         if not name.startswith("model.embed_tokens"):  # at full height
             assert (state[name] - value).norm() < 0.02 * value.norm(), name
+
+
+def test_a_loss_that_runs_away_takes_training_back_to_the_last_good_state(capsys):
+    torch.manual_seed(0)
+    model, clock = torch.nn.Linear(3, 1), argparse.Namespace(lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    good = LastGood([model], [optimizer], clock)
+
+    def step(scale: float) -> float:
+        loss = scale * model(torch.ones(3)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    good.check(step(1.0))
+    weights, state = model.weight.clone(), optimizer.state[model.weight]
+    moment, place = state["exp_avg"].clone(), model.weight.data_ptr()
+    step(float("nan"))
+    assert model.weight.isnan().all()
+    good.check(float("nan"))
+    assert torch.equal(model.weight, weights) and torch.equal(state["exp_avg"], moment)
+    assert model.weight.data_ptr() == place  # a recorded step reads there
+    assert clock.lr == 0.05 and "back to the last good state" in capsys.readouterr().out
+    good.check(good.best * 3)
+    assert clock.lr == 0.025
+    good.check(good.best * 1.5)
+    assert clock.lr == 0.025
+    with pytest.raises(RuntimeError, match="first loss is nan"):
+        LastGood([model], [optimizer], clock).check(float("nan"))

@@ -23,7 +23,7 @@ from recipes.nano.codec_model import (
     build_codec,
     encode_hidden,
 )
-from recipes.nano.common import Clock, atomically, autocast, hann, options, state_of
+from recipes.nano.common import Clock, LastGood, atomically, autocast, hann, options, state_of
 from recipes.nano.discriminator import Discriminator
 from recipes.nano.pool import SpeechPool, add_floor
 
@@ -228,6 +228,11 @@ def main(argv: list[str] | None = None) -> None:
     training = Training(args, device)
     phase, step = "", lambda: {}
     clock = Clock(args, warm_steps=100)
+    good = LastGood(
+        [training.model, training.discriminator],
+        [training.optimizer, training.discriminator_optimizer],
+        clock,
+    )
     while clock.tick(training.optimizer):
         if clock.step % 200 == 100:
             pool.refresh()
@@ -248,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"hours {pool.hours:.1f}",
                 flush=True,
             )
+            good.check(found["loss"].item())
         if phase != "plain" and clock.to_save():
             save(training.model, args)
     report(training.model, training.rvq, test or pool)

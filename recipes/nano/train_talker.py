@@ -31,7 +31,7 @@ from higgs_lab.loss import LossSums, Targets
 from higgs_lab.nano.packing import TEXT_ROWS
 from higgs_lab.talker import Talker, talker_config
 from higgs_lab.vocab import Vocab
-from recipes.nano.common import Clock, atomically, options, ship, state_of
+from recipes.nano.common import Clock, LastGood, atomically, options, ship, state_of
 from recipes.nano.talker_data import Examples, encode_in_background
 
 TEXT_CONFIG = {
@@ -92,7 +92,7 @@ def save(talker: Talker, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = options(__doc__, seconds=480, hours=0, batch=32_768, lr=2e-3)
+    parser = options(__doc__, seconds=480, hours=0, batch=32_768, lr=1.5e-3)
     parser.add_argument("--codec", type=Path, required=True, help="codec.safetensors")
     parser.add_argument("--min-shards", type=int, default=40, help="of codes, to begin with")
     parser.add_argument("--workers", type=int, default=10, help="processes that lay out examples")
@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"talker {count / 1e6:.2f} M parameters, attention {kind}", flush=True)
     args.seconds -= time.time() - started
     clock, seen, waited = Clock(args, warm_steps=400), 0, 0.0
+    good = LastGood([talker], [optimizer], clock)
     while agreed(clock.tick(optimizer), device, world):
         asked = time.time()
         pack = next(loader)
@@ -166,6 +167,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"{waited / clock.elapsed:.0%} waiting",
                 flush=True,
             )
+            if world == 1:  # several would have to agree
+                good.check(loss.item())
         if rank == 0 and clock.to_save():
             save(talker, args)
     if rank == 0:
