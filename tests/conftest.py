@@ -87,3 +87,20 @@ def speech_dir() -> Path:
         if folder and (Path(folder) / "manifest.jsonl").is_file():
             return Path(folder)
     pytest.skip("no real speech here: set HIGGS_LAB_SPEECH to a folder with manifest.jsonl")
+
+
+@pytest.fixture(scope="session")
+def eight_clips(tmp_path_factory) -> str:
+    """Their manifest (tests/tiny_prepare.py)."""
+    from tests.tiny_prepare import write_eight_clips
+
+    return write_eight_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="session")
+def prepared_clips(eight_clips, nano, tmp_path_factory) -> Path:
+    """The eight clips as one process prepares them."""
+    from recipes.prepare import PrepareConfig, main
+
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    return main(PrepareConfig(eight_clips, str(nano), str(out), split_valid=0.25))

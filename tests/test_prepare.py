@@ -1,13 +1,6 @@
-"""Preparing data: right codes, every reject with its reason, the same result after any kill."""
+"""Preparing data: right codes, every reject with its reason, splits without leaks."""
 
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,96 +11,31 @@ from hypothesis import strategies as st
 
 from higgs_lab.audio import read_audio
 from higgs_lab.config import describe, load_config
-from higgs_lab.manifest import read_manifest, write_manifest
 from higgs_lab.prepared import assign_splits, load_prepared, prepared_info, text_key
 from higgs_lab.runlog import read_jsonl
-from recipes import prepare
 from recipes.prepare import PrepareConfig, main
+from tests.tiny_prepare import rows_of, tone, write_source
 
 ROOT = Path(__file__).parent.parent
 
 
-def _wav(path, seed, sec=1.2, sample_rate_hz=24000, level=0.1):
-    rng = np.random.default_rng(seed)
-    t = np.arange(round(sec * sample_rate_hz)) / sample_rate_hz
-    wav = np.sin(2 * np.pi * rng.uniform(100, 900) * t) + 0.1 * rng.standard_normal(len(t))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, (level * wav).astype(np.float32), sample_rate_hz, subtype="FLOAT")
-    return path
-
-
-def _source(folder, rows):
-    path = folder / "manifest.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def _rows(data):
-    return [data[i] for i in range(len(data))]
-
-
-def _same(first, second):
-    """Equal data, rejects and records, but for time and command."""
-    for one, two in zip(_rows(load_prepared(first)), _rows(load_prepared(second)), strict=True):
-        assert one.keys() == two.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], two[name])
-    assert (first / "rejects.jsonl").read_bytes() == (second / "rejects.jsonl").read_bytes()
-    infos = [prepared_info(path) for path in (first, second)]
-    for info in infos:
-        del info["provenance"], info["config"]
-    assert infos[0] == infos[1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Eight clips of two speakers; two of equal length, one at 44.1 kHz in stereo."""
-    folder = tmp_path_factory.mktemp("data")
-    for n, sec in enumerate([1.2, 1.0, 1.2, 1.7, 1.31, 1.05, 1.5]):
-        _wav(folder / f"{n}.wav", n, sec)
-    mono = _wav(folder / "mono.wav", 7, 1.4, 44100)
-    wav, rate = soundfile.read(mono)
-    soundfile.write(folder / "7.flac", np.stack([wav, -0.2 * wav], axis=1), rate)
-    mono.unlink()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def manifest(folder):
-    names = [f"{n}.wav" for n in range(7)] + ["7.flac"]
-    rows = [
-        {"audio": name, "text": f"Sentence number {n}.", "speaker": f"s{n % 2}", "language": "en"}
-        for n, name in enumerate(names)
-    ]
-    rows[2] |= {"ref_audio": "0.wav", "ref_text": "Sentence number 0.", "id": "second"}
-    rows[3] |= {"split": "dev"}
-    return _source(folder, rows)
-
-
-@pytest.fixture(scope="module")
-def prepared(manifest, nano, tmp_path_factory):
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    main(PrepareConfig(manifest, str(nano), str(out), split_valid=0.25))
-    return out
-
-
-def test_rows_hold_what_the_manifest_says(prepared):
-    rows = _rows(load_prepared(prepared))
+def test_rows_hold_what_the_manifest_says(prepared_clips):
+    rows = rows_of(load_prepared(prepared_clips))
     assert [row["id"] for row in rows] == ["0", "1", "second", *"34567"]
     assert [row["speaker"] for row in rows] == ["s0", "s1"] * 4
     assert all(row["language"] == "en" and row["text"].startswith("Sentence") for row in rows)
     assert rows[2]["ref_text"] == "Sentence number 0." and rows[0]["ref_text"] is None
     np.testing.assert_array_equal(rows[2]["ref_codes"], rows[0]["codes"])
     assert rows[0]["ref_codes"].shape == (0, 8)
-    assert not (prepared.parent / "out.parts").exists()
+    assert not (prepared_clips.parent / "out.parts").exists()
 
 
-def test_codes_equal_those_of_each_clip_alone(prepared, folder, nano):
+def test_codes_equal_those_of_each_clip_alone(prepared_clips, nano):
     """Trap 17 included: clip 7 is 44.1 kHz stereo."""
     from higgs_lab.codec import Codec
 
     codec = Codec.from_pretrained(nano)
-    for row in _rows(load_prepared(prepared)):
+    for row in rows_of(load_prepared(prepared_clips)):
         wav = read_audio(row["audio"])
         np.testing.assert_array_equal(row["codes"], codec.encode(wav).numpy())
         assert row["codes"].shape == (row["frames"], 8)
@@ -116,67 +44,52 @@ def test_codes_equal_those_of_each_clip_alone(prepared, folder, nano):
         assert row["frames"] in (len(wav) // 960, -(-len(wav) // 960))
 
 
-def test_splits_are_recorded_and_can_be_chosen(prepared):
-    info = prepared_info(prepared)
-    valid, train = (load_prepared(prepared, split=name) for name in ("valid", "train"))
+def test_splits_are_recorded_and_can_be_chosen(prepared_clips):
+    info = prepared_info(prepared_clips)
+    valid, train = (load_prepared(prepared_clips, split=name) for name in ("valid", "train"))
     assert len(valid) == 1 + 2 and len(train) == 5  # the manifest's own, and a quarter of seven
     assert "3" in valid["id"]
     assert {k: v["clips"] for k, v in info["splits"].items()} == {"train": 5, "valid": 3}
     with pytest.raises(ValueError, match="no rows of split 'test'; it has .*train"):
-        load_prepared(prepared, split="test")
+        load_prepared(prepared_clips, split="test")
 
 
-def test_trap16_another_codec_is_refused(prepared, nano):
+def test_trap16_another_codec_is_refused(prepared_clips, nano):
     from higgs_lab.codec import Codec
 
-    info = prepared_info(prepared)
+    info = prepared_info(prepared_clips)
     assert info["codec_hash"] == Codec.from_pretrained(nano).hash
-    assert len(load_prepared(prepared, codec_hash=info["codec_hash"])) == 8
+    assert len(load_prepared(prepared_clips, codec_hash=info["codec_hash"])) == 8
     with pytest.raises(ValueError, match="encoded with codec .* but the model has codec 0000"):
-        load_prepared(prepared, codec_hash="0000")
+        load_prepared(prepared_clips, codec_hash="0000")
     assert info["model"]["name"] == str(nano) and info["provenance"]["versions"]["torch"]
 
 
-def test_other_folders_are_not_taken_for_prepared_data(tmp_path, prepared):
+def test_other_folders_are_not_taken_for_prepared_data(tmp_path, prepared_clips):
     with pytest.raises(FileNotFoundError, match="is no prepared data .prepared.json is missing"):
         load_prepared(tmp_path)
-    info = prepared_info(prepared)
+    info = prepared_info(prepared_clips)
     (tmp_path / "prepared.json").write_text(json.dumps(info | {"format": 99}))
     with pytest.raises(ValueError, match="format 99, this version reads 1"):
         load_prepared(tmp_path)
 
 
-def test_running_again_does_nothing_and_other_settings_are_refused(
-    prepared, manifest, nano, capsys, monkeypatch
-):
-    config = PrepareConfig(manifest, str(nano), str(prepared), split_valid=0.25)
-    monkeypatch.setattr(prepare, "encode_parts", lambda *a, **k: pytest.fail("encoded again"))
-    before = (prepared / "prepared.json").stat().st_mtime_ns
-    assert main(config) == prepared
-    assert "nothing to do" in capsys.readouterr().out
-    assert (prepared / "prepared.json").stat().st_mtime_ns == before
-    with pytest.raises(FileExistsError, match="was prepared with other settings or files: remove"):
-        main(replace(config, max_sec=1.3))
-    with pytest.raises(FileExistsError, match="is no prepared data: remove it or choose another"):
-        main(replace(config, out=str(Path(manifest).parent)))
-
-
 def test_every_unusable_clip_is_listed_with_its_reason(nano, tmp_path):
-    bad = _wav(tmp_path / "nan.wav", 1)
+    bad = tone(tmp_path / "nan.wav", 1)
     wav, _ = soundfile.read(bad)
     wav[100] = np.nan
     soundfile.write(bad, wav, 24000, subtype="FLOAT")
     (tmp_path / "text.wav").write_text("not audio")
     soundfile.write(tmp_path / "zero.wav", np.zeros(0), 24000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(48000), 24000)
-    _wav(tmp_path / "short.wav", 2, 0.9)
-    _wav(tmp_path / "long.wav", 3, 2.5)
-    _wav(tmp_path / "good.wav", 4)
-    _wav(tmp_path / "copy.wav", 4)
-    _wav(tmp_path / "tag.wav", 5)
-    _wav(tmp_path / "smuggle.wav", 6)
-    _wav(tmp_path / "ref.wav", 7)
-    _wav(tmp_path / "loud.wav", 8, level=30)
+    tone(tmp_path / "short.wav", 2, 0.9)
+    tone(tmp_path / "long.wav", 3, 2.5)
+    tone(tmp_path / "good.wav", 4)
+    tone(tmp_path / "copy.wav", 4)
+    tone(tmp_path / "tag.wav", 5)
+    tone(tmp_path / "smuggle.wav", 6)
+    tone(tmp_path / "ref.wav", 7)
+    tone(tmp_path / "loud.wav", 8, level=30)
     names = "nan text zero silent short long good copy loud gone".split()
     rows = [{"audio": f"{name}.wav", "text": f"The text of {name}."} for name in names]
     rows.append({"audio": "tag.wav", "text": "Hi <|emotion:hapiness|>there."})
@@ -187,7 +100,7 @@ def test_every_unusable_clip_is_listed_with_its_reason(nano, tmp_path):
     out = tmp_path / "out"
     main(
         PrepareConfig(
-            _source(tmp_path, rows), str(nano), str(out), max_sec=2.0, max_clipped_share=0.01,
+            write_source(tmp_path, rows), str(nano), str(out), max_sec=2.0, max_clipped_share=0.01,
             speaker="ann", language="de",
         )
     )  # fmt: skip
@@ -220,9 +133,9 @@ def test_every_unusable_clip_is_listed_with_its_reason(nano, tmp_path):
 
 
 def test_no_usable_clip_is_an_error_and_leaves_no_data(nano, tmp_path):
-    _wav(tmp_path / "a.wav", 1, 0.5)
+    tone(tmp_path / "a.wav", 1, 0.5)
     with pytest.raises(ValueError, match="no clip can be used .1 x too short: 0.50 s"):
-        main(PrepareConfig(_source(tmp_path, [{"audio": "a.wav", "text": "A."}]), str(nano),
+        main(PrepareConfig(write_source(tmp_path, [{"audio": "a.wav", "text": "A."}]), str(nano),
                            str(tmp_path / "out")))  # fmt: skip
     assert not (tmp_path / "out").exists()
 
@@ -242,19 +155,19 @@ def test_trap20_and_other_senseless_options_are_refused(options, message):
 
 def test_trap21_clips_below_a_second_keep_no_padding(nano, tmp_path):
     """The codec pads them to 1 s; that silence must not become part of the target."""
-    _wav(tmp_path / "a.wav", 1, 0.5)
-    _wav(tmp_path / "b.wav", 2, 1.5)
+    tone(tmp_path / "a.wav", 1, 0.5)
+    tone(tmp_path / "b.wav", 2, 1.5)
     rows = [{"audio": "a.wav", "text": "A."}, {"audio": "b.wav", "text": "B."}]
     out = tmp_path / "out"
-    main(PrepareConfig(_source(tmp_path, rows), str(nano), str(out), min_sec=0.4))
+    main(PrepareConfig(write_source(tmp_path, rows), str(nano), str(out), min_sec=0.4))
     assert load_prepared(out)["frames"][:] == [13, 38]
 
 
 def test_trap26_ref_text_is_kept_and_trap27_a_copied_reference_is_refused(nano, tmp_path):
-    _wav(tmp_path / "a.wav", 1)
-    _wav(tmp_path / "b.wav", 2)
-    _wav(tmp_path / "c.wav", 3)
-    _wav(tmp_path / "copy_of_c.wav", 3)
+    tone(tmp_path / "a.wav", 1)
+    tone(tmp_path / "b.wav", 2)
+    tone(tmp_path / "c.wav", 3)
+    tone(tmp_path / "copy_of_c.wav", 3)
     rows = [
         {"audio": "a.wav", "text": "A.", "ref_audio": "b.wav", "ref_text": " B says. "},
         {"audio": "b.wav", "text": "B.", "ref_audio": "a.wav"},
@@ -262,7 +175,7 @@ def test_trap26_ref_text_is_kept_and_trap27_a_copied_reference_is_refused(nano, 
         {"audio": "c.wav", "text": "C.", "ref_audio": "copy_of_c.wav", "id": "leak"},
     ]
     out = tmp_path / "out"
-    main(PrepareConfig(_source(tmp_path, rows), str(nano), str(out), split_valid=0))
+    main(PrepareConfig(write_source(tmp_path, rows), str(nano), str(out), split_valid=0))
     data = load_prepared(out)
     assert data["ref_text"][:] == ["B says.", None] and len(data[0]["ref_codes"]) == 30
     reasons = {reject["id"]: reject["reason"] for reject in read_jsonl(out / "rejects.jsonl")}
@@ -273,11 +186,11 @@ def test_trap26_ref_text_is_kept_and_trap27_a_copied_reference_is_refused(nano, 
 def test_trap32_levels_and_warnings_are_reported(nano, tmp_path, capsys):
     quiet = np.zeros(36000)
     for n in range(3):
-        wav, _ = soundfile.read(_wav(tmp_path / f"{n}.wav", n, 4.0))
+        wav, _ = soundfile.read(tone(tmp_path / f"{n}.wav", n, 4.0))
         soundfile.write(tmp_path / f"{n}.wav", np.concatenate([quiet, 30 * wav]), 24000)
     rows = [{"audio": f"{n}.wav", "text": "Hi <|sfx:cough|> you." if n else "I"} for n in range(3)]
     out = tmp_path / "out"
-    main(PrepareConfig(_source(tmp_path, rows), str(nano), str(out), split_valid=0))
+    main(PrepareConfig(write_source(tmp_path, rows), str(nano), str(out), split_valid=0))
     checks = prepared_info(out)["checks"]
     assert checks["levels"]["lead_silence_sec"] == [1.5, 1.5, 1.5]
     counts = {key.split(" (")[0]: count for key, count in checks["warnings"].items()}
@@ -290,138 +203,8 @@ def test_trap32_levels_and_warnings_are_reported(nano, tmp_path, capsys):
     }
     assert "look at your data: 3 x more than 1 s of silence" in capsys.readouterr().out
     with pytest.raises(ValueError, match="3 x 1.5 s of silence at the start"):
-        main(PrepareConfig(_source(tmp_path, rows), str(nano), str(tmp_path / "out2"),
+        main(PrepareConfig(write_source(tmp_path, rows), str(nano), str(tmp_path / "out2"),
                            max_edge_silence_sec=1.0))  # fmt: skip
-
-
-def test_several_processes_share_the_work_and_give_the_same_result(
-    manifest, nano, prepared, tmp_path, monkeypatch
-):
-    """Ranks run one after the other here; the last (rank 0) writes the result."""
-    from higgs_lab.codec import Codec
-
-    counts, encode = [], Codec.encode_batch
-    monkeypatch.setattr(
-        Codec,
-        "encode_batch",
-        lambda self, wavs, **how: counts.append(len(wavs)) or encode(self, wavs, **how),
-    )
-    config = PrepareConfig(
-        manifest, str(nano), str(tmp_path / "out"), split_valid=0.25, part_sec=2.0
-    )
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    shares = []
-    for rank in (2, 1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        counts.clear()
-        assert (tmp_path / "out").exists() is False
-        main(config)
-        shares.append(sum(counts))
-    assert sum(shares) == 8 and min(shares) >= 2
-    _same(tmp_path / "out", prepared)
-
-
-def _launch(config, tmp_path):
-    options = [f"{k}={v}" for k, v in config.items()]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, ROOT / "recipes" / "prepare.py", *options], env=env, cwd=tmp_path
-    )
-
-
-def test_killed_and_started_again_gives_the_same_result(nano, tmp_path, monkeypatch):
-    from higgs_lab.codec import Codec
-
-    rows = [{"audio": f"{n}.wav", "text": f"Text {n}."} for n in range(16)]
-    for n in range(16):
-        _wav(tmp_path / f"{n}.wav", n, 1.2 + n % 3 / 10)
-    rows += [{"audio": "3.wav", "text": "Twice.", "id": "twice"}]
-    config = {"source": _source(tmp_path, rows), "model": str(nano), "part_sec": "2.8"}
-    work = tmp_path / "killed.parts"
-    process = _launch(config | {"out": str(tmp_path / "killed")}, tmp_path)
-    deadline = time.monotonic() + 120
-    while len(list(work.glob("[!.]*.npz"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = sorted(work.glob("[!.]*.npz"))
-    assert 2 <= len(done) < 8 and not (tmp_path / "killed").exists()
-
-    encoded, encode = [], Codec.encode_batch
-    monkeypatch.setattr(
-        Codec,
-        "encode_batch",
-        lambda self, wavs, **how: encoded.append(len(wavs)) or encode(self, wavs, **how),
-    )
-    for out in ("killed", "whole"):
-        encoded.clear()
-        main(PrepareConfig(config["source"], str(nano), str(tmp_path / out), part_sec=2.8))
-        if out == "killed":  # what was done was not done again
-            assert 0 < sum(encoded) == 16 - 2 * len(done)  # two clips a part
-    assert sum(encoded) == 16
-    assert len(load_prepared(tmp_path / "whole")) == 16
-    _same(tmp_path / "killed", tmp_path / "whole")
-    assert not work.exists()
-
-
-def test_a_full_disk_stops_cleanly_and_can_be_resumed(
-    manifest, nano, prepared, tmp_path, monkeypatch
-):
-    save = np.savez
-    calls = []
-
-    def full(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            Path(args[0]).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(*args, **kwargs)
-
-    monkeypatch.setattr(np, "savez", full)
-    config = PrepareConfig(
-        manifest, str(nano), str(tmp_path / "out"), split_valid=0.25, part_sec=2.0
-    )
-    with pytest.raises(
-        OSError, match="disk is full while writing .*out.parts.*run the same command"
-    ):
-        main(config)
-    assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / "out.parts").iterdir())) == 1
-    main(config)
-    _same(tmp_path / "out", prepared)
-
-
-def test_a_faster_precision_is_asked_for_by_name_and_not_mixed_with_the_reference(nano, tmp_path):
-    from higgs_lab.codec import Codec
-
-    _wav(tmp_path / "a.wav", 1)
-    source = _source(tmp_path, [{"audio": "a.wav", "text": "A."}])
-    fast = PrepareConfig(source, str(nano), str(tmp_path / "fast"), precision="bf16")
-    with pytest.raises(ValueError, match="choose fp32, tf32, fp16, bf16"):
-        main(replace(fast, precision="int8"))
-    main(replace(fast, out=str(tmp_path / "one"), precision="fp32"))
-    with pytest.raises(FileExistsError, match="other settings"):
-        main(replace(fast, out=str(tmp_path / "one")))
-    main(fast)
-    made = load_prepared(tmp_path / "fast")[0]["codes"]
-    codes = Codec.from_pretrained(nano).encode_batch([read_audio(tmp_path / "a.wav")], 120, "bf16")
-    np.testing.assert_array_equal(made, codes[0].numpy())
-
-
-def test_a_changed_recording_is_encoded_again(nano, tmp_path):
-    _wav(tmp_path / "a.wav", 1)
-    _wav(tmp_path / "b.wav", 2)
-    rows = [{"audio": "a.wav", "text": "A."}, {"audio": "b.wav", "text": "B."}]
-    source = _source(tmp_path, rows)
-    main(PrepareConfig(source, str(nano), str(tmp_path / "one")))
-    _wav(tmp_path / "b.wav", 3)
-    with pytest.raises(FileExistsError, match="other settings or files"):
-        main(PrepareConfig(source, str(nano), str(tmp_path / "one")))
-    main(PrepareConfig(source, str(nano), str(tmp_path / "two")))
-    one, two = load_prepared(tmp_path / "one"), load_prepared(tmp_path / "two")
-    np.testing.assert_array_equal(one[0]["codes"], two[0]["codes"])
-    assert (one[1]["codes"] != two[1]["codes"]).any()
 
 
 _text = st.sampled_from(["A.", "a. ", "B.", "<|emotion:awe|>B.", "C.", "D.", "E.", "F."])
@@ -456,36 +239,6 @@ def test_the_validation_draw_has_the_size_asked_for_and_is_stable():
     assert valid(rows(1), 0.5) == set() and len(valid(rows(2), 5)) == 1
     assert valid(rows(100), 0.1) != valid(rows(100), 0.1, seed=1)
     assert len(valid(rows(100), 10) & valid(rows(101), 10)) >= 9
-
-
-@pytest.mark.slow
-def test_real_speech_under_accelerate_launch(speech_dir, nano, tmp_path):
-    """Two real processes on real recordings equal one process."""
-    rows = read_manifest(speech_dir / "manifest.jsonl")
-    source = tmp_path / "one_each.jsonl"  # a recording of each speaker, at five sample rates
-    write_manifest(source, {row.speaker: row for row in rows}.values())
-    options = {"source": str(source), "model": str(nano), "part_sec": 5}
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-    ]
-    launch += [ROOT / "recipes" / "prepare.py", *(f"{k}={v}" for k, v in options.items())]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, f"out={tmp_path / 'two'}"],
-        env=env,
-        check=True,
-        timeout=200,
-        capture_output=True,
-        text=True,
-    )
-    assert "process 1 of 2" in done.stderr
-    main(PrepareConfig(out=str(tmp_path / "one"), **options))
-    assert len(load_prepared(tmp_path / "one")) >= 5
-    _same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(
