@@ -36,20 +36,6 @@ class Site:
     def trained(self) -> list[nn.Parameter]:
         return [*self.downs, *self.ups, *self.masters]
 
-    def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """(where, what) is to be copied before a forward pass; A still without its scale."""
-        pairs, row, column = [], 0, 0
-        for up, down in zip(self.ups, self.downs, strict=True):
-            outputs, rank = up.shape
-            place = slice(self.inputs + column, self.inputs + column + rank)
-            pairs.append((self.whole[row : row + outputs, place], up))
-            pairs.append((self.down[column : column + rank], down))
-            row, column = row + outputs, column + rank
-        for master in self.masters:
-            pairs.append((self.whole[row : row + len(master)], master))
-            row += len(master)
-        return pairs
-
     def forth(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [N, I] -> outputs [N, O], and x A' [N, P], which the way back wants.
 
@@ -86,11 +72,11 @@ class Site:
             wide = [dy @ w for dy, w in zip(dys, parts, strict=True)]
             d_low = _total([w[:, self.inputs :] for w in wide])
             terms = [w[:, : self.inputs] for w in wide] + [d_low @ self.down]
-        d_down = d_low.t() @ x  # [P, I]
+        d_down = d_low.t() @ x * self.scale  # [P, I]
         downs, ups, column = [], [], 0
         for dy, up in zip(dys, self.ups, strict=True):
             place = slice(column, column + up.shape[1])
-            downs.append(d_down[place] * self.scale)
+            downs.append(d_down[place])
             ups.append(dy.t() @ low[:, place])
             column += up.shape[1]
         return terms, downs + ups

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import higgs_lab.fused as fused
-from higgs_lab.adapter import adapter_off, attach_lora, merge_lora
+from higgs_lab.adapter import TARGETS, adapter_off, attach_lora, merge_lora
 from higgs_lab.attention import Documents, attention_kind
 from higgs_lab.batches import pack
 from higgs_lab.cost import GIB, Shape, training_gib
@@ -67,6 +67,28 @@ def test_fused_blocks_give_the_modules_loss_and_gradients(way):
             made = model(way)
             fuse(made, kind, checkpointing)
             assert_same(plain, step(made, batch))
+
+
+def test_blocks_that_differ_are_fused_with_their_own_kind(monkeypatch):
+    """Ranks of 4, 4, 2, 4 and 4, blocks together by two: three copy 11 tensors each."""
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setattr(fused, "ALIKE", 2)
+
+    def made() -> torch.nn.Module:
+        talker = tiny_talker(scale=4, num_hidden_layers=5, layer_types=["full_attention"] * 5)
+        ranks = dict(r=4, rank_pattern={r"layers\.2\..*": 2})
+        config = LoraConfig(**ranks, lora_alpha=12, **TARGETS["attention_mlp"])
+        torch.manual_seed(0)
+        adapted = get_peft_model(talker, config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape)
+        return adapted.train()
+
+    batch, model = pack(three_examples(), 500), made()
+    assert len(fuse(model, "split").copies) == 3 * 11
+    assert_same(step(made(), batch), step(model, batch))
 
 
 def test_packed_is_padded_is_one_by_one_in_loss_and_gradient():
@@ -158,24 +180,28 @@ def test_checkpointing_keeps_what_it_says(checkpointing):
 
 def test_the_copies_follow_an_optimiser_and_a_checkpoint():
     made, batch = model("attention_mlp"), pack(three_examples())
-    fuse(made, "split")
+    blocks, talker = fuse(made, "split"), made.base_model.model
+
+    def assert_followed():
+        talker.fused = None
+        wanted = step(made, batch)
+        talker.fused = blocks
+        assert_same(wanted, step(made, batch))
+
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], 1e-2)
     for fused_step in (False, True):
         optimizer.param_groups[0]["fused"] = fused_step
         made(**batch.inputs(), targets=batch.targets(WEIGHTS)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        made.base_model.model.fused, blocks = None, made.base_model.model.fused
-        wanted = step(made, batch)
-        made.base_model.model.fused = blocks
-        assert_same(wanted, step(made, batch))
+        assert_followed()
     with torch.no_grad():
         for parameter in (p for p in made.parameters() if p.requires_grad):
             parameter.detach().copy_(0.5 * parameter)  # as resume.load_step does
-    made.base_model.model.fused, blocks = None, made.base_model.model.fused
-    wanted = step(made, batch)
-    made.base_model.model.fused = blocks
-    assert_same(wanted, step(made, batch))
+    assert_followed()
+    for parameter in (p for p in made.parameters() if p.requires_grad):
+        parameter.data = 2 * parameter.data  # other memory, as after .to("cpu:0")
+    assert_followed()
 
 
 def test_fusing_takes_no_second_copy_and_merging_still_works():
