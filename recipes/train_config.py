@@ -54,7 +54,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     sample_every: int = 0  # steps between spoken samples; 0: never
     sample_texts: list[str] = field(default_factory=list)  # none: texts of the validation rows
-    log_every: int = 1
+    log_every: int = 1  # steps between lines; each waits for the device
     trackers: list[str] = field(
         default_factory=list
     )  # tensorboard, wandb (WANDB_MODE=offline works)

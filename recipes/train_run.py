@@ -136,17 +136,26 @@ class Run:
                 clock.add(*totals)
                 done = step + 1
                 if step == start:
+                    float(norm)  # waits for the device
                     seconds = time.monotonic() - self.launched
                     accelerator.print(f"first step done {seconds:.1f} s after the launch")
                 last = done == config.steps
-                if done % config.log_every == 0 or last:
+                logs = done % config.log_every == 0 or last
+                saves = done % config.save_every == 0 or last or stop
+                if (logs or saves) and not torch.isfinite(norm):
+                    # not each step, as it waits for the device; weights that are NaN stay so
+                    raise ValueError(
+                        f"step {done}: the gradient is not finite; lower lr, or set "
+                        "precision=fp32. The last checkpoint is unharmed"
+                    )
+                if logs:
                     self.report(done, start, sums, norm, totals, clock)
                 pause = time.monotonic()
                 if self.valid is not None and (done % config.valid_every == 0 or last):
                     self.validate(done)
                 if config.sample_every and (done % config.sample_every == 0 or last):
                     self.speak_samples(done)
-                if done % config.save_every == 0 or last or stop:
+                if saves:
                     self.save(done)
                 clock.began += time.monotonic() - pause
                 if stop and not last:
@@ -251,11 +260,6 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.model.parameters() if p.requires_grad], self.config.max_grad_norm
         )
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"step {step + 1}: the gradient is not finite; lower lr, or set precision=fp32. "
-                "The last checkpoint is unharmed"
-            )
         self.optimizer.step()
         stacked = accelerator.reduce(collected.stack(), "sum")
         return LossSums.unstack(stacked), norm, [int(t) for t in totals], stop > 0

@@ -76,6 +76,18 @@ def test_a_step_follows_the_schedule_and_the_clipped_gradient(prepared, tmp_path
     ]
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(prepared, tmp_path):
+    """Asked where a line or a checkpoint is due: the first step here leaves NaN."""
+    changes = dict(steps=4, lr=float("inf"), valid_every=0)
+    with pytest.raises(ValueError, match="step 3: the gradient is not finite; lower lr"):
+        run(prepared, tmp_path / "lines", log_every=3, **changes)
+    with pytest.raises(ValueError, match="step 2: the gradient is not finite; lower lr"):
+        run(prepared, tmp_path / "saves", log_every=3, save_every=2, **changes)
+    for name in ("lines", "saves"):
+        assert not list((tmp_path / name).glob("checkpoints/step-*"))
+        assert not (tmp_path / name / "metrics.jsonl").read_text()
+
+
 def test_what_does_not_fit_fails_before_the_first_step(prepared, tmp_path, monkeypatch):
     def full(self, model, pack):
         raise torch.OutOfMemoryError("CUDA out of memory")
