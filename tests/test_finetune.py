@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from higgs_lab.audio import audio_info
 from higgs_lab.checkpoint import NativeFiles, load_talker
 from higgs_lab.codec import Codec
 from higgs_lab.config import load_config
+from higgs_lab.generate import Sampling
 from higgs_lab.prepared import save_prepared
 from higgs_lab.runlog import read_jsonl
 from higgs_lab.training_set import Modes, TrainingSet
 from higgs_lab.vocab import Vocab
+from recipes import train_run
 from recipes.train_config import TrainConfig, check, learning_rate
 from recipes.train_run import Run
 from tests.tiny import prepared_rows
@@ -38,11 +41,17 @@ def prepared(nano, tmp_path_factory) -> Path:
     return random_data(tmp_path_factory.mktemp("prepared") / "data", nano)
 
 
+def speak_briefly(monkeypatch) -> None:
+    """Ends every sample after 20 frames: a model of a few steps may go on for a minute."""
+    monkeypatch.setattr(train_run, "Sampling", partial(Sampling, max_frames=20))
+
+
 def test_trackers_get_the_curves_and_the_spoken_samples(prepared, tmp_path, monkeypatch):
     """tensorboard, and wandb as on a machine without network or account."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+    speak_briefly(monkeypatch)
     out = tmp_path / "run"
     run(prepared, out, steps=2, valid_every=2, sample_every=2, trackers=["tensorboard", "wandb"])
     events = next(out.rglob("events.out.tfevents*")).parent
@@ -98,7 +107,8 @@ def test_what_does_not_fit_fails_before_the_first_step(prepared, tmp_path, monke
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_samples_and_validations_change_nothing_that_is_learnt(prepared, tmp_path):
+def test_samples_and_validations_change_nothing_that_is_learnt(prepared, tmp_path, monkeypatch):
+    speak_briefly(monkeypatch)
     changes = dict(steps=2, dropout=0.2)
     run(prepared, tmp_path / "quiet", valid_every=0, **changes)
     looks = dict(valid_every=1, sample_every=1, sample_texts=["Hi."])
