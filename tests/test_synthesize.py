@@ -254,7 +254,8 @@ def test_a_take_without_sound_is_counted_not_written(nano, tmp_path, monkeypatch
 
 def test_killed_and_started_again_gives_the_same_result(nano, tmp_path):
     texts = [f"This is text number {n}." for n in range(10, 50)]
-    options = {"model": str(nano), "source": _lines(tmp_path, *texts), "batch_size": 2} | SHORT
+    options = {"model": str(nano), "source": _lines(tmp_path, *texts), "batch_size": 4}
+    options |= SHORT | {"max_frames": 6}
     killed = tmp_path / "killed"
     command = [sys.executable, ROOT / "recipes" / "synthesize.py", f"out={killed}"]
     command += [f"{name}={value}" for name, value in options.items()]
