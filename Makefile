@@ -66,8 +66,9 @@ serve-env: .venv-serve/.ready
 demo: setup
 	$(PY) -m recipes.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(OPTIONS)
 
+# Two processes of up to 5 GB; a file's tests share one. PYTEST="-n 4" takes more.
 test: setup engines
-	$(PY) -m pytest -m "not serve and not gpu" $(PYTEST)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not serve and not gpu" $(PYTEST)
 
 test-serve: setup engines serve-env
 	$(PY) -m pytest -m serve $(PYTEST)

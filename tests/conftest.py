@@ -29,15 +29,18 @@ outcomes = {marker: Counter() for marker in MUST_RUN}
 def pytest_runtest_makereport(item, call):
     """In CI an engine, server or browser test that is skipped, for whatever reason, has failed."""
     report = yield
-    for marker in MUST_RUN:
-        if item.get_closest_marker(marker) is None:
-            continue
-        if report.skipped and os.environ.get("CI"):
-            report.outcome = "failed"
-            report.longrepr = f"skipped, but in CI it must run: {report.longrepr}"
-        if report.when == "call" or not report.passed:
-            outcomes[marker][report.outcome] += 1
+    report.must_run = [m for m in MUST_RUN if item.get_closest_marker(m) is not None]
+    if report.must_run and report.skipped and os.environ.get("CI"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but in CI it must run: {report.longrepr}"
     return report
+
+
+def pytest_runtest_logreport(report):
+    """Counted here, where the process that prints hears of tests that ran in others."""
+    if report.when == "call" or not report.passed:
+        for marker in getattr(report, "must_run", ()):  # none where a worker died
+            outcomes[marker][report.outcome] += 1
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,7 +22,9 @@ def test_something():
 WHOLE_FILE = "import pytest\npytest.importorskip('an_engine_that_is_not_there')\n"
 
 
-def suite(tmp_path, folder: str, source: str, ci: bool) -> subprocess.CompletedProcess:
+def suite(
+    tmp_path, folder: str, source: str, ci: bool, workers: int = 0
+) -> subprocess.CompletedProcess:
     (tmp_path / folder).mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "conftest.py")
     (tmp_path / folder / "test_it.py").write_text(source)
@@ -30,13 +32,25 @@ def suite(tmp_path, folder: str, source: str, ci: bool) -> subprocess.CompletedP
         "[pytest]\nmarkers =\n engine: x\n serve: x\n browser: x\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "CI"} | ({"CI": "true"} if ci else {})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        str(workers),
+        ".",
+    ]
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("marker", ["engine", "serve", "browser"])
-def test_a_skipped_engine_server_or_browser_test_fails_in_ci(tmp_path, marker):
-    run = suite(tmp_path, "any", BY_MARK.format(marker=marker), ci=True)
+@pytest.mark.parametrize(
+    ("marker", "workers"), [("engine", 0), ("engine", 1), ("serve", 0), ("browser", 0)]
+)
+def test_a_skipped_engine_server_or_browser_test_fails_in_ci(tmp_path, marker, workers):
+    run = suite(tmp_path, "any", BY_MARK.format(marker=marker), ci=True, workers=workers)
     assert run.returncode == 1 and "in CI it must run" in run.stdout, run.stdout
     if marker != "browser":
         assert f"{marker} tests against vllm" in run.stdout and "1 failed" in run.stdout
