@@ -84,6 +84,14 @@ def nano() -> Path:
 
 
 @pytest.fixture(scope="session")
+def narrow(nano, tmp_path_factory) -> Path:
+    """For tests that write checkpoints: nano's text table alone has 40 to 80 MB."""
+    from tests.tiny import narrow_native
+
+    return narrow_native(nano, tmp_path_factory.mktemp("narrow") / "narrow")
+
+
+@pytest.fixture(scope="session")
 def speech_dir() -> Path:
     """Folder of real human speech with a manifest.jsonl: $HIGGS_LAB_SPEECH or a sibling folder."""
     for folder in (os.environ.get("HIGGS_LAB_SPEECH"), ROOT.parent / "shared" / "speech"):

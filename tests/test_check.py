@@ -20,9 +20,9 @@ TABLE = "tied.embedding.modality_embeddings.0.embedding.weight"
 
 
 @pytest.fixture(scope="module")
-def good(nano, tmp_path_factory) -> Path:
+def good(narrow, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("export") / "good"
-    export(nano, out)
+    export(narrow, out)
     return out
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from higgs_lab.checkpoint import CODEC_PREFIX, to_native_key
+from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles, to_native_key
 from higgs_lab.nano.build import native_config, write_native
 from higgs_lab.nano.tokenizer import ADDED_TOKENS, byte_alphabet
 from higgs_lab.prompt import Example, Prompt, render_example, render_prompt
@@ -146,6 +146,16 @@ def tiny_native(out: Path, talker: Talker | None = None, **config_changes) -> Pa
     """A native directory with a tiny talker; tokenizer as in nano."""
     config = native_config(copy.deepcopy(TEXT_CONFIG)) | config_changes
     write_native(tiny_tensors(talker or tiny_talker()), config, out)
+    return out
+
+
+def narrow_native(nano: Path, out: Path) -> Path:
+    """A native directory that engines take: a narrow talker of full vocabulary, nano's codec."""
+    sizes = {"vocab_size": 151936, "hidden_size": 16}
+    files = NativeFiles(nano)
+    tensors = {to_native_key(k): v for k, v in tiny_talker(**sizes).state_dict().items()}
+    tensors |= dict(files.items(files.keys(CODEC_PREFIX)))
+    write_native(tensors, native_config(TEXT_CONFIG | sizes), out)
     return out
 
 
