@@ -2,14 +2,16 @@
 
 Nothing in a step of the slots waits for the GPU; the host looks at them every few steps, takes what
 has ended, and lets waiting prompts in: on a GPU once enough slots have idled to pay for the pass.
+Half of the next steps are queued before it does, so that the GPU has work meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Generation
@@ -19,7 +21,7 @@ from higgs_lab.slots import Request, Slots
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # recorded batch sizes
 LENGTHS = (256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)  # and cache lengths
 STEPS_PER_LOOK = 8  # on a GPU: how often the host looks; a slot that has ended idles so long
-ADMIT_STEPS = 3  # what a pass over new prompts costs at least, in steps of all slots
+ADMIT_STEPS = 2  # of all slots: what a pass over prompts costs at least beside their own products
 PREFILL_POSITIONS = 8192  # of one packed pass over new prompts
 MEMORY_SHARE = 0.8  # of the free memory, for the cache
 
@@ -54,8 +56,9 @@ class Decoder:
         several = len(requests) > 1 and limit > 1
         least = 2 if compile and several else 1
         busy: dict[int, Request] = {}
-        reached: dict[int, int] = {}  # positions in the cache, as last seen
+        reached: dict[int, int] = {}  # positions in the cache, at most
         idle = 0  # steps of slots that waited for a prompt, since the last pass over prompts
+        queued = 0  # steps of this look that were queued before the prompts
         try:
             while waiting or busy:
                 # every pass reads all weights, for one prompt as for many: let as much be lost by
@@ -63,20 +66,14 @@ class Decoder:
                 if waiting and (not graphs or not busy or idle >= ADMIT_STEPS * limit):
                     self._admit(waiting, busy, reached, limit, look, graphs, compile and several)
                     idle = 0
-                self._reserve(max(reached.values()) + look + 1, graphs)
                 size = self._compact(busy, reached, graphs, least)
-                length = max(reached.values()) + look - 1
-                if self.engine.split_kv:  # reads what each slot has: one recording a batch size
-                    length = slots.length
-                elif graphs:
-                    length = min(_at_least(length, LENGTHS), slots.length)
-                for _ in range(look):
-                    if graphs:
-                        slots.replay(size, length, *flags)
-                    else:
-                        slots.step_once(size, length, *flags, exact=size == 1)
-                yield from self._take(busy, reached, size)
+                self._step(look - queued, size, reached, graphs, flags)
+                done = self._look(busy, reached, size)
                 idle += look * (limit - len(busy))
+                # for the device, while results are handed out and prompts laid out here
+                queued = look // 2 if busy else 0
+                self._step(queued, size, reached, graphs, flags)
+                yield from done
         finally:
             if busy:  # the caller left early: nothing may stay active
                 slots.release(list(busy))
@@ -141,8 +138,33 @@ class Decoder:
             busy[target], reached[target] = busy.pop(source), reached.pop(source)
         return min(size, self.slots.size)
 
-    def _take(self, busy, reached, size: int) -> Iterator[tuple[int, Generation]]:
-        """Look at the slots: the one place where the host waits for the device."""
+    def _step(
+        self, steps: int, size: int, reached: dict[int, int], graphs: bool, flags: tuple
+    ) -> None:
+        """Queue so many steps of the first slots."""
+        if not steps:
+            return
+        slots, longest = self.slots, max(reached.values())
+        self._reserve(longest + steps + 1, graphs)
+        length = longest + steps - 1
+        if self.engine.split_kv:  # reads what each slot has: one recording a batch size
+            length = slots.length
+        elif graphs:
+            length = min(_at_least(length, LENGTHS), slots.length)
+        for _ in range(steps):
+            if graphs:
+                slots.replay(size, length, *flags)
+            else:
+                slots.step_once(size, length, *flags, exact=size == 1)
+        for slot in reached:
+            reached[slot] += steps
+
+    def _look(self, busy, reached, size: int) -> Iterator[tuple[int, Generation]]:
+        """Look at the slots: the one place where the host waits for all that is queued.
+
+        Frees those that have ended. Their results are copied to the host before any later step may
+        overwrite them, and built when they are asked for.
+        """
         slots = self.slots
         names = ("active", "position", "step", "ended")
         seen = torch.stack([getattr(slots, n)[:size].long() for n in names]).cpu()
@@ -151,26 +173,51 @@ class Decoder:
         for s in busy:
             reached[s] = position[s] + 1
         if not over:
-            return
-        index = torch.tensor(over, device=self.engine.device)
+            return iter(())
+        index = self.engine.send(over)
         most = max(step[s] for s in over)
-        rows = slots.out[index, :most].cpu().long()
-        chances = None if slots.chances is None else slots.chances[index, :most].cpu()
+        buffers = [slots.out] if slots.chances is None else [slots.out, slots.chances]
+        copies = _fetch([buffer[index, :most] for buffer in buffers])
         slots.release(over)
-        done = [(s, busy.pop(s)) for s in over]
+        done = [(busy.pop(s), step[s], bool(ended[s])) for s in over]
         for s in over:
             del reached[s]
-        for i, (s, request) in enumerate(done):
-            mine = rows[i, : step[s]].clone()
-            yield (
-                request.index,
-                Generation(
-                    codes=codes_from_rows(mine, request.sampling.mode),
-                    rows=mine,
-                    stop_reason="eoc" if ended[s] else "max_frames",
-                    log_probs=None if chances is None else chances[i, : step[s]].clone(),
-                ),
-            )
+        return _results(done, copies)
+
+
+def _results(
+    done: list[tuple[Request, int, bool]], copies: Callable[[], list[Tensor]]
+) -> Iterator[tuple[int, Generation]]:
+    """(index, result) of requests that have ended, of each its number of rows and whether by EOC.
+
+    copies: gives their rows, and log-probabilities where wanted, [len(done), at least so many, K].
+    """
+    rows, *chances = copies()
+    for i, (request, count, ended) in enumerate(done):
+        mine = rows[i, :count].long()
+        yield (
+            request.index,
+            Generation(
+                codes=codes_from_rows(mine, request.sampling.mode),
+                rows=mine,
+                stop_reason="eoc" if ended else "max_frames",
+                log_probs=chances[0][i, :count].clone() if chances else None,
+            ),
+        )
+
+
+def _fetch(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Queue copies to the host; what comes back waits for them, not for what is queued later."""
+    copies = [t.to("cpu", non_blocking=True) for t in tensors]
+    if not tensors[0].is_cuda:
+        return lambda: copies
+    there = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def wait() -> list[Tensor]:
+        there.synchronize()
+        return copies
+
+    return wait
 
 
 def _at_least(number: int, steps: tuple[int, ...]) -> int:

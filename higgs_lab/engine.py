@@ -8,11 +8,12 @@ modules' weights become views of them, so training, saving and merging see what 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +84,16 @@ class Engine:
         """Whether the talker's weights still lie where they were fused, changed or not."""
         return self.pointers == _pointers(talker)
 
+    def send(self, values: Sequence | np.ndarray | Tensor) -> Tensor:
+        """Host values as a tensor on the device.
+
+        Without waiting: of memory that is not pinned a copy ends after all that is queued before.
+        """
+        tensor = torch.as_tensor(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def embed(self, ids: Tensor, is_audio: Tensor, rows: Tensor) -> Tensor:
         """[N, D], as `Talker.embed`."""
         return torch.where(
@@ -129,15 +140,23 @@ class Engine:
         """`packed_project` where q is all that is wanted: k need not be stored twice."""
         return self.packed_project(*args)[0]
 
-    def finish(self, x: Tensor, attended: Tensor, layer: Layer) -> Tensor:
-        """The rest of a block: x [N, D] before it, attended [N, H d]."""
-        x = x + F.linear(attended, layer.out)
+    def finish(self, x: Tensor, attended: Tensor, layer: Layer, between: Callable) -> None:
+        """The rest of a block, in place: x [N, D] before it, attended [N, H d].
+
+        The products add to x themselves. Compiled, a sum with a product becomes a product that adds
+        to a copy of x, so only what lies between them is: `between`, which is `feed_forward`.
+        """
+        x.addmm_(attended, layer.out.T)
+        x.addmm_(between(x, layer), layer.down.T)
+
+    def feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """x [N, D] after attention -> silu(gate) * up [N, F]."""
         h = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.eps)
         gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, layer.down)
+        return F.silu(gate) * up
 
     def finish_one(self, x: Tensor, attended: Tensor, layer: Layer) -> Tensor:
-        """`finish` of one request, compiled as two functions.
+        """`finish` of one request, compiled as two functions; a new x.
 
         In one, silu(gate) * up may be computed anew within the sum of every row of `down` (torch
         2.11). Gate and up are products of their own, so that one kernel sums both and stores
@@ -178,30 +197,32 @@ class Engine:
         return out.reshape(B, -1)
 
     def prefill(
-        self, x: Tensor, position: Tensor, slot: Tensor, bounds: list[int],
+        self, x: Tensor, lengths: Sequence[int], slots: Sequence[int],
         cache: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], compile: bool,
     ) -> None:  # fmt: skip
-        """Fill the caches from packed documents: x [N, D], position and slot [N] of each row.
+        """Fill the caches of slots from documents of such lengths, packed: x [N, D], overwritten.
 
-        bounds: where the documents begin and end, 0 to N. What follows the last block's keys and
-        values is left out, for nobody reads it. compile: for any N, caches of several slots.
+        What follows the last block's keys and values is left out, for nobody reads it. compile: for
+        any N, caches of several slots. Nothing here waits for the device.
         """
-        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-        ends = torch.tensor(bounds, dtype=torch.int32).to(self.device)  # here: a copy waits
+        # numpy's, for torch's threads wait for each other over so little
+        bounds = np.cumsum([0, *lengths])
+        slot = self.send(np.repeat(slots, lengths))
+        position = self.send(np.arange(len(x)) - np.repeat(bounds[:-1], lengths))
         kind = attention_kind("auto", self.device, self.dtype)
-        documents = Documents.of(kind, ends, longest, len(x))
+        ends = torch.as_tensor(bounds, dtype=torch.int32)
+        if kind != "split":  # which reads them on the host
+            ends = self.send(ends)
+        documents = Documents.of(kind, ends, max(lengths), len(x))
         cos, sin = rope[0][position, None], rope[1][position, None]
-        project, finish = self.packed_project, self.finish
+        project, between = self.packed_project, self.feed_forward
         if compile and len(x) > 1:
-            project, finish = self.compiled(project, len(x)), self.compiled(finish, len(x))
+            project, between = self.compiled(project, len(x)), self.compiled(between, len(x))
             self.any_batch(len(x), x, cos, sin, slot, position)
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, cache, strict=True)):
             q, k, v = project(x, layer, cos, sin, keys, values, slot, position)
             if i + 1 < len(self.layers):
-                attended = documents.attend(q, k, v).flatten(1)
-                if compile:
-                    self.any_batch(len(x), attended)
-                x = finish(x, attended, layer)
+                self.finish(x, documents.attend(q, k, v).flatten(1), layer, between)
 
     def compiled(self, function: Callable, batch: int) -> Callable:
         """A function compiled for one request, or for any number of them.

@@ -110,54 +110,50 @@ class Slots:
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy slots with all they hold; the sources are free afterwards."""
-        a, b = (torch.tensor(x, device=self.engine.device) for x in (source, target))
+        a, b = self.engine.send(source), self.engine.send(target)
         for tensor in (*self.per_slot(), *(t for pair in self.cache for t in pair)):
             tensor[b] = tensor[a]
         self.release(source)
 
     def release(self, slots: list[int]) -> None:
-        index = torch.tensor(slots, device=self.engine.device)
-        self.active[index] = False
-        self.position[index] = 0
+        index = self.engine.send(slots)
+        self.active.index_fill_(0, index, False)
+        self.position.index_fill_(0, index, 0)
 
     def admit(self, slots: list[int], requests: list[Request], compile: bool = False) -> None:
-        """Put requests into free slots: their prompts into the cache, their settings beside it."""
-        engine, device = self.engine, self.engine.device
-        prompts = [r.prompt for r in requests]
-        packed = (torch.cat([getattr(p, n) for p in prompts]) for n in ("ids", "is_audio", "rows"))
-        x = engine.embed(*(t.to(device, non_blocking=True) for t in packed))
-        lengths = [len(p) for p in prompts]
-        ends = torch.tensor(lengths).cumsum(0)
-        index = torch.tensor(slots)
-        slot = index.repeat_interleave(torch.tensor(lengths))
-        position = torch.cat([torch.arange(n) for n in lengths])
-        body = torch.ones(len(slot), dtype=torch.bool)
-        body[ends - 1] = False
-        self._write(index.to(device), requests, x[(ends - 1).to(device)])
-        bounds = [0, *torch.tensor([n - 1 for n in lengths]).cumsum(0).tolist()]
-        if bounds[-1]:
-            kept = body.nonzero()[:, 0].to(device)
-            there = (position[body].to(device), slot[body].to(device))
-            engine.prefill(x[kept], *there, bounds, self.cache, self.rope, compile)
+        """Put requests into free slots: their prompts into the cache, their settings beside it.
+
+        It queues work and waits for none, so that the device steps on while the host is here.
+        """
+        engine, prompts = self.engine, [r.prompt for r in requests]
+        # all but the last positions end to end, then the last ones, which go through the step
+        parts = [(p, part) for part in (slice(-1), slice(-1, None)) for p in prompts]
+        packed = (
+            engine.send(torch.cat([getattr(p, name)[part] for p, part in parts]))
+            for name in ("ids", "is_audio", "rows")
+        )
+        x = engine.embed(*packed)
+        lengths = [len(p) - 1 for p in prompts]
+        body, last = x.split([sum(lengths), len(prompts)])
+        self._write(engine.send(slots), requests, last)
+        if len(body):
+            engine.prefill(body, lengths, slots, self.cache, self.rope, compile)
 
     def _write(self, index: Tensor, requests: list[Request], first: Tensor) -> None:
-        device = self.engine.device
-
-        def column(values) -> Tensor:
-            return torch.tensor(list(values), device=device)
-
-        self.first[index], self.fresh[index] = first, True
-        self.position[index] = column(len(r.prompt) - 1 for r in requests)
-        self.limit[index] = column(r.rows for r in requests)
-        self.step[index], self.active[index], self.ended[index] = 0, True, False
-        self.state.delay[index], self.state.countdown[index] = 0, -1
-        self.state.done[index] = False
-        self.vllm[index] = column(r.sampling.mode == "vllm" for r in requests)
-        settings = [r.sampling for r in requests]
-        engine = self.engine
-        new = SamplingTensors.of(settings, engine.codebook_size, device, engine.num_codebooks)
+        engine, state, settings = self.engine, self.state, [r.sampling for r in requests]
+        # index_fill_, for a number that is assigned by index is copied to the device, and waits
+        for tensor in (self.fresh, self.active):
+            tensor.index_fill_(0, index, True)
+        for tensor in (self.step, self.ended, state.delay, state.done):
+            tensor.index_fill_(0, index, 0)
+        state.countdown.index_fill_(0, index, -1)
+        self.first[index] = first
+        self.position[index] = engine.send([len(r.prompt) - 1 for r in requests])
+        self.limit[index] = engine.send([r.rows for r in requests])
+        self.vllm[index] = engine.send([s.mode == "vllm" for s in settings])
+        new = SamplingTensors.of(settings, engine.codebook_size, "cpu", engine.num_codebooks)
         for name, value in vars(new).items():
-            getattr(self.options, name)[index] = value
+            getattr(self.options, name)[index] = engine.send(value)
 
     # --- the step
 
@@ -186,18 +182,19 @@ class Slots:
             at = torch.arange(length, device=engine.device)
             hidden = torch.zeros(size, length, dtype=engine.dtype, device=engine.device)
             hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
-        project, finish, pick = engine.cached_project, engine.finish, next_row
+        project, between, pick = engine.cached_project, engine.feed_forward, next_row
         if compile:
             project, pick = engine.compiled(project, size), engine.compiled(pick, size)
-            finish = engine.finish_one if size == 1 else engine.compiled(finish, size)
+            between = engine.compiled(between, size)
             engine.any_batch(size, x, cos, sin, number, position)
         for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
             q = project(x, layer, cos, sin, keys, values, number, position)
             seen = (keys[part, :, :length], values[part, :, :length])
             attended = engine.attend(q, *seen, lengths, hidden)
-            if compile:
-                engine.any_batch(size, attended)
-            x = finish(x, attended, layer)
+            if compile and size == 1:
+                x = engine.finish_one(x, attended, layer)
+            else:
+                engine.finish(x, attended, layer, between)
         state = RampState(*(t[part] for t in vars(self.state).values()))
         options = SamplingTensors(*(t[part] for t in vars(self.options).values()))
         mine = self.vllm[part]

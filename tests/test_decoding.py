@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,7 @@ def test_a_gpu_lets_prompts_in_by_the_handful(talker, monkeypatch):
         decoding.Slots, "admit", lambda self, *a: admitted.append(len(a[0])) or admit(self, *a)
     )
     monkeypatch.setattr(decoding.Slots, "replay", decoding.Slots.step_once)
+    monkeypatch.setattr(decoding, "ADMIT_STEPS", 3)
     prompts, settings = ragged(9)
     settings = [replace(s, max_frames=4 + 8 * i) for i, s in enumerate(settings)]
     requests = requests_of(prompts, settings, 8)
@@ -107,6 +109,39 @@ def test_a_gpu_lets_prompts_in_by_the_handful(talker, monkeypatch):
         made = dict(Decoder(Engine(talker)).run(requests, 4, graphs="as on a GPU"))
     assert len(made) == sum(admitted) == 9
     assert admitted[0] == 4 and len(admitted) < 6  # of 9 there would be one pass for each of 5
+
+
+def test_a_gpu_has_steps_queued_while_the_host_is_busy(talker, slow, monkeypatch):
+    """Steps, looks, results and prompts in their order; then a caller leaves with steps queued."""
+    happened = []
+
+    def noted(what, function):
+        return lambda *args: happened.append(what) or function(*args)
+
+    monkeypatch.setattr(decoding.Slots, "replay", noted("s", decoding.Slots.step_once))
+    monkeypatch.setattr(decoding.Slots, "admit", noted("a", decoding.Slots.admit))
+    monkeypatch.setattr(Decoder, "_look", noted("l", Decoder._look))
+    monkeypatch.setattr(decoding, "ADMIT_STEPS", 1)
+    decoder = Decoder(Engine(talker))
+
+    def run():
+        for i, one in decoder.run(requests_of(*ragged(9), 8), 3, graphs="as on a GPU"):
+            happened.append("r")
+            yield i, one
+
+    with torch.no_grad():
+        for i, one in run():
+            assert same(one, slow[i])
+        order = "".join(happened)
+        # where a slot is busy, half of the steps come before results and prompts
+        assert re.fullmatch("(a+s{8}l(s{4}r*a*s{4}l)*r+)+", order) and "sr" in order
+        assert order.count("r") == 9 and "sa" in order.replace("r", "")
+
+        next(early := run())
+        early.close()
+        assert not decoder.slots.active.any()
+        again = dict(run())
+    assert all(same(again[i], slow[i]) for i in range(9))
 
 
 def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_naive
+from higgs_lab.slots import Slots, requests_of
 from tests.test_decoding import ragged, same
 from tests.tiny import tiny_talker
 
@@ -33,6 +35,25 @@ def test_a_cache_that_grows_is_recorded_anew():
     assert max(len(p) + len(one.rows) for p, one in zip(prompts, made, strict=True)) > 384
     for one, prompt, wanted in zip(made, prompts, settings, strict=True):
         assert same(one, generate_naive(talker, prompt, wanted))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU waits for itself")
+@pytest.mark.parametrize("compile", [False, True])
+def test_prompts_are_let_in_without_waiting_for_the_gpu(compile):
+    """Its steps go on meanwhile: nothing may wait, such as a copy of memory that is not pinned."""
+    engine = Engine(tiny_talker().to(DEVICE, torch.bfloat16))
+    slots, requests = Slots(engine, 4, 256, 32, False), requests_of(*ragged(3), 8)
+    try:
+        for mode in ("default", "error"):  # at first kernels are tried and compiled
+            torch.cuda.set_sync_debug_mode(mode)
+            with torch.no_grad():
+                slots.admit([0, 2, 3], requests, compile)
+                slots.move([3], [1])
+                slots.release([0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert slots.active.tolist() == [False, True, True, False]
 
 
 @pytest.mark.gpu
