@@ -165,13 +165,18 @@ class Codec:
     def decode_batch(
         self,
         codes: Sequence[Tensor],
-        max_batch_frames: int = 4096,
+        max_batch_frames: int | None = None,
         ragged: bool = False,
         precision: str = "fp32",
     ) -> list[np.ndarray]:
         """Decode many clips; only equal lengths together, or ragged: any, which is the same up to
         rounding.
+
+        max_batch_frames: of a batch, padding included; none: 4096, on a CPU 128. There a large
+        batch gains nothing and loses much: the C library gives large tensors back to the system
+        after every layer, which must then map and clear them anew.
         """
+        max_batch_frames = max_batch_frames or (128 if self.device.type == "cpu" else 4096)
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, clip in enumerate(codes):
             if clip.ndim != 2 or clip.shape[1] != self.num_codebooks:

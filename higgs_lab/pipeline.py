@@ -32,13 +32,14 @@ def speak_each(
 
     precision: of the codec. decode_together: clips in a batch of the codec; the last are fewer.
     """
-    stream = _side_stream(codec.device) if codec.device.type == "cuda" else None
+    gpu = codec.device.type == "cuda"
+    stream = _side_stream(codec.device) if gpu else None
 
     def decode(part: list[tuple[int, Generation]]) -> list[Spoken]:
         with torch.cuda.stream(stream):  # None: the thread's own; on a CPU nothing
-            waves = codec.decode_batch(
-                [made.codes for _, made in part], ragged=True, precision=precision
-            )
+            codes = [made.codes for _, made in part]
+            # on a CPU padding costs what it would in speech, and a batch gains nothing
+            waves = codec.decode_batch(codes, ragged=gpu, precision=precision)
         return [(index, made, wave) for (index, made), wave in zip(part, waves, strict=True)]
 
     under_way: deque[Future] = deque()

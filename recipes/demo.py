@@ -27,7 +27,7 @@ from higgs_lab.prepared import text_key
 from higgs_lab.runlog import duration
 
 TOOLS = Path(__file__).resolve().parent.parent  # holds recipes/, eval/ and serve/
-NUM_TRAIN, NUM_TEST, MOST_TRAIN = 40, 8, 200
+NUM_TRAIN, NUM_TEST, MOST_TRAIN = 60, 40, 200
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", default="nano", help="base: nano, a folder or org/name@revision")
     add("--asr", default="nano", help="Whisper name or checkpoint")
     add("--speaker", default="nano", help="ECAPA name or folder")
-    add("--steps", type=int, default=60, help="optimiser steps")
+    add("--steps", type=int, default=90, help="optimiser steps")
     add("--tests", type=int, default=NUM_TEST, help="texts of the evaluation")
     args = parser.parse_args(argv)
     out, began = args.out, time.monotonic()

@@ -17,7 +17,6 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 from higgs_lab.audio import audio_info, read_audio
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
 from higgs_lab.codec import Codec, codec_config, codec_hash, exact_float32
-from higgs_lab.nano.build import small_codec_config
 from higgs_lab.vocab import CODEC_CONFIG
 from tests.tiny import random_codes, voice_like
 
@@ -280,6 +279,22 @@ def test_trap16_a_codec_in_bf16_keeps_its_name_but_not_its_codes_guarantee(nano,
 
 
 # --- sizes from shapes
+
+
+def small_codec_config() -> dict:
+    """The released topology and rates with small widths."""
+    config = copy.deepcopy(CODEC_CONFIG)
+    config["acoustic_model_config"]["encoder_hidden_size"] = 8
+    config["semantic_model_config"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "conv_dim": [32] * 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+    }
+    return config
 
 
 def test_sizes_of_the_released_codec_come_out_of_its_shapes():

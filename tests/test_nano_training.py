@@ -96,7 +96,10 @@ def test_the_talker_learns_from_shards_of_codes_and_ships(tmp_path, monkeypatch)
     table = [[30 * i, 30, f"Text number {i}.", "en", home] for i in range(4)]
     np.save(tmp_path / "codes-00000.npy", torch.cat(codes).numpy().astype(np.uint16))
     (tmp_path / "codes-00000.json").write_text(json.dumps(table))
-    few = train_talker.TEXT_CONFIG | {"num_hidden_layers": 2}
+    few = train_talker.TEXT_CONFIG | {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention"] * 2,
+    }
     monkeypatch.setattr(train_talker, "TEXT_CONFIG", few)
 
     examples = Examples(tmp_path, train_talker.nano_vocab(), 768, seed=0, begin=0, seconds=1)

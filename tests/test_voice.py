@@ -13,13 +13,11 @@ import pytest
 from eval.compare import compare
 from eval.runs import read_summary
 from higgs_lab.manifest import read_manifest
-from higgs_lab.nano.build import is_trained
 from recipes.demo import main
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(not is_trained(), reason="the talker's weights are not packaged yet"),
 ]
 
 

@@ -28,8 +28,6 @@ def nano_checkpoint(cache_dir: str | Path | None = None) -> Path:
     """Native directory of the nano checkpoint, built once and kept; returns its path."""
     from higgs_lab.nano import build
 
-    if not build.is_trained():
-        return _cached("nano", ("build.py", "tokenizer.py"), build.random_checkpoint, cache_dir)
     packaged = ("assets/codec.safetensors", "assets/talker.safetensors")
     sources = ("build.py", "tokenizer.py", "packing.py", *packaged)
     return _cached("nano", sources, build.write_checkpoint, cache_dir)

@@ -1,4 +1,4 @@
-"""The nano checkpoint in the complete native layout: the packaged weights, or random ones.
+"""The nano checkpoint in the complete native layout, from the packaged weights.
 
 What the serving engine hard-codes keeps its size (facts §1.2; vllm-omni
 higgs_audio_v3_code2wav.py): 8 codebooks of 1024 codes and 64 channels, a codec decoder of 256 ->
@@ -7,41 +7,38 @@ higgs_audio_v3_code2wav.py): 8 codebooks of 1024 codes and 64 channels, a codec 
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.checkpoint import CODEC_PREFIX, INDEX, TIED_COPIES, to_native_key
 from higgs_lab.nano import ASSETS, packing
 from higgs_lab.nano.tokenizer import write_tokenizer
 from higgs_lab.runlog import atomic_path, write_json_atomic
-from higgs_lab.talker import Talker, talker_config
-from higgs_lab.vocab import CODEC_CONFIG, EOC
+from higgs_lab.vocab import EOC
 
 TEXT_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 384,
+    "head_dim": 64,
+    "intermediate_size": 768,
     "hidden_act": "silu",
     "vocab_size": 151936,
     "max_position_embeddings": 32768,
-    "max_window_layers": 3,
+    "max_window_layers": 8,
     "rms_norm_eps": 1e-6,
     "attention_bias": False,
     "attention_dropout": 0.0,
     "bos_token_id": 151643,
     "eos_token_id": 151643,
-    "layer_types": ["full_attention"] * 3,
+    "layer_types": ["full_attention"] * 8,
     "sliding_window": None,
     "use_sliding_window": False,
     "tie_word_embeddings": True,
@@ -85,27 +82,6 @@ def native_config(text_config: dict) -> dict:
     }
 
 
-def small_codec_config() -> dict:
-    """The released topology and rates with small widths."""
-    config = copy.deepcopy(CODEC_CONFIG)
-    config["acoustic_model_config"]["encoder_hidden_size"] = 8
-    config["semantic_model_config"] |= {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "conv_dim": [32] * 7,
-        "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 4,
-    }
-    return config
-
-
-def is_trained() -> bool:
-    """Whether the talker and its codec are packaged."""
-    return all((ASSETS / f"{part}.safetensors").is_file() for part in ("codec", "talker"))
-
-
 def write_checkpoint(out: str | Path) -> None:
     """Write the native directory of the trained talker and codec; atomic.
 
@@ -125,20 +101,6 @@ def write_checkpoint(out: str | Path) -> None:
     write_native(tensors, config, out)
 
 
-def random_checkpoint(out: str | Path, seed: int = 0) -> None:
-    """Write a native directory of random weights; atomic."""
-    torch.manual_seed(seed)
-    config = native_config(TEXT_CONFIG)
-    audio = config["audio_encoder_config"]
-    talker = Talker(talker_config(TEXT_CONFIG), audio["num_codebooks"], audio["vocab_size"])
-    codec = random_codec(small_codec_config(), seed)
-    tensors = {to_native_key(key): value for key, value in talker.state_dict().items()}
-    tensors |= {CODEC_PREFIX + key: value for key, value in codec.state_dict().items()}
-    width = codec.config.semantic_model_config.hidden_size
-    tensors[CODEC_PREFIX + "semantic_model.masked_spec_embed"] = torch.rand(width)
-    write_native(tensors, config, out)
-
-
 def write_native(tensors: dict[str, Tensor], config: dict, out: str | Path) -> None:
     """Native directory from native keys; bf16 and the two tied copies as in the 4B checkpoint."""
     tensors = {
@@ -154,44 +116,3 @@ def write_native(tensors: dict[str, Tensor], config: dict, out: str | Path) -> N
         write_json_atomic(temporary / INDEX, index)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         write_tokenizer(temporary)
-
-
-@torch.no_grad()
-def random_codec(config: dict, seed: int) -> HiggsAudioV2TokenizerModel:
-    """A codec of random weights whose codes still depend on the sound.
-
-    Codebooks are drawn from the residuals of the model's own features of noise and tones, stage by
-    stage, so that all of them are used; the output is scaled to the level of speech.
-    """
-    torch.manual_seed(seed)
-    model = HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig(**copy.deepcopy(config))).eval()
-    model.double()  # so that weights rounded to bf16 are the same on any machine and thread count
-    rate, seconds = model.config.sample_rate, 48
-    time = torch.arange(rate * seconds).double() / rate
-    sweep = torch.sin(2 * torch.pi * (100 * time + 40 * time**2)) * (1 + torch.sin(9 * time)) / 4
-    wav = (sweep + 0.1 * torch.randn_like(time) * torch.sin(3 * time).abs())[None, None]
-    grabbed: list[Tensor] = []
-    hook = model.fc.register_forward_hook(lambda module, args, out: grabbed.append(out))
-    model.encode(wav)
-    hook.remove()
-    residual = grabbed[0].transpose(1, 2)  # [1, hidden, T]
-    for layer in model.quantizer.quantizers:
-        flat = residual.transpose(1, 2).reshape(-1, residual.shape[1])
-        layer.project_in.weight.div_(layer.project_in(flat).std())
-        projected = layer.project_in(flat)
-        pick = torch.randperm(len(projected))[: layer.codebook.codebook_size]
-        layer.codebook.embed.copy_(projected[pick])
-        layer.codebook.embed_avg.copy_(5 * projected[pick])
-        layer.codebook.cluster_size.fill_(5)
-        # the way back, so that each stage really removes something; the ridge steadies it
-        gram = projected.T @ projected + 1e-3 * len(projected) * torch.eye(len(projected.T))
-        inverse = torch.linalg.solve(gram, projected.T @ (flat - flat.mean(0)))
-        layer.project_out.weight.copy_(inverse.T)
-        layer.project_out.bias.copy_(flat.mean(0))
-        residual = residual - layer.decode(layer.encode(residual))
-    codes = model.encode(wav).audio_codes
-    last = model.float().acoustic_decoder.conv2
-    wave = model.decode(codes[..., :200]).audio_values
-    last.weight.div_(wave.std() / 0.05)
-    last.bias.zero_()
-    return model

@@ -105,8 +105,7 @@ def write_random_adapter(
 
 @torch.no_grad()
 def _codec(config: dict, seed: int) -> HiggsAudioV2TokenizerModel:
-    """As initialised, with random codebooks. (nano's random_codec, whose codes follow the sound,
-    takes 9 GB at this size.)"""
+    """As initialised, with random codebooks."""
     torch.manual_seed(seed)
     model = HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig(**copy.deepcopy(config)))
     for layer in model.quantizer.quantizers:

@@ -28,37 +28,25 @@ from higgs_lab.attention import attention_kind
 from higgs_lab.batches import Batch
 from higgs_lab.fused import fuse
 from higgs_lab.loss import LossSums, Targets
+from higgs_lab.nano import build
 from higgs_lab.nano.packing import TEXT_ROWS
 from higgs_lab.talker import Talker, talker_config
 from higgs_lab.vocab import Vocab
 from recipes.nano.common import Clock, LastGood, atomically, options, ship, state_of
 from recipes.nano.talker_data import Examples, encode_in_background
 
-TEXT_CONFIG = {
-    "model_type": "qwen3",
-    "hidden_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 768,
-    "vocab_size": TEXT_ROWS,  # the packaged table; the native one has its full height
-    "max_position_embeddings": 32_768,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_theta": 1_000_000, "rope_type": "default"},
-}
+# the packaged table; the native one has its full height
+TEXT_CONFIG = build.TEXT_CONFIG | {"vocab_size": TEXT_ROWS}
 CODEBOOK_WEIGHTS = (2.5, 1.6, 1.2, 1.0, 0.8, 0.7, 0.6, 0.6)
 
 
 def nano_vocab() -> Vocab:
     """The family's tokenizer and ids, without building the checkpoint that they belong to."""
-    from higgs_lab.nano.build import native_config
     from higgs_lab.nano.tokenizer import write_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
-        config = json.dumps(native_config(TEXT_CONFIG))
+        config = json.dumps(build.native_config(TEXT_CONFIG))
         (Path(folder) / "config.json").write_text(config, encoding="utf-8")
         return Vocab.from_pretrained(folder)
 
