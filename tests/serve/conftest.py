@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from served import API_KEY, START_SEC, end_direction, launch
+from served import API_KEY, START_SEC, launch
 
-from higgs_lab.checkpoint import load_talker, rewrite_native, to_native_key
+from higgs_lab.checkpoint import load_talker
 from higgs_lab.codec import Codec
-from higgs_lab.vocab import EOC, Vocab
+from higgs_lab.vocab import Vocab
 from serve.client import is_healthy
 from serve.compare import Dumps
 from serve.export import export
@@ -46,21 +46,9 @@ def serve_env() -> Path:
 
 @pytest.fixture(scope="session")
 def exported(nano, tmp_path_factory) -> Path:
-    """An export of nano that is sure to stop by itself: greedy speech of ENDING_TEXT ends at
-    ENDING_ROW, so that both endings of a request are compared with the server's."""
-    folder = tmp_path_factory.mktemp("served")
-    row = end_direction(load_talker(nano, dtype=torch.float32), Vocab.from_pretrained(nano))
-    table = to_native_key("codebooks.weight")
-
-    def edit(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if key == table:
-            tensor = tensor.clone()
-            tensor[EOC] = row.to(tensor.dtype)
-        return tensor
-
-    rewrite_native(nano, folder / "base", edit)
-    export(folder / "base", folder / "nano")
-    return folder / "nano"
+    folder = tmp_path_factory.mktemp("served") / "nano"
+    export(nano, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

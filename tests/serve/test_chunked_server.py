@@ -62,7 +62,8 @@ def test_chunked_sound_is_nearly_that_of_the_whole_decode(chunked, codec):
         max_new_tokens=100,
     )
     _, rows = chunked.dumps.last()
-    want = codec.decode(codes_from_rows(rows[:-1], "vllm"))
+    assert len(rows) < 100  # it ended by itself: one that is cut loses its last row
+    want = codec.decode(codes_from_rows(rows, "vllm"))
     got = np.frombuffer(pcm, "<i2") / 32768
     assert len(got) == len(want)
     frames = np.abs(got - want).reshape(-1, 960).max(axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,10 +12,15 @@ import pytest
 import torch
 from served import START_SEC
 
+from eval.asr import load_recognizer
+from eval.speaker import cosine, load_encoder
 from higgs_lab.adapter import attach_lora, base_fingerprint, load_adapter, merge_lora, save_adapter
+from higgs_lab.audio import read_audio
 from higgs_lab.checkpoint import load_talker
 from higgs_lab.generate import Sampling, generate
+from higgs_lab.manifest import read_manifest
 from higgs_lab.prompt import render_prompt
+from recipes.nano.measure import JUDGE_HZ, error_rate, for_judges
 from serve.adapters import with_adapters
 from serve.client import ServerError, _open, _request, pcm_to_wav, speak, stream
 from serve.compare import Dumps
@@ -145,15 +151,42 @@ def test_an_adapter_that_the_worker_refuses_is_an_error_not_the_base_voice(
     assert caught.value.status == 404
 
 
-def test_voices_come_and_go_while_the_server_runs(server, adapters, talkers, vocab):
-    def change(action: str, body: dict) -> None:
-        _open(_request(server.url, f"/v1/{action}_lora_adapter", None, json_body=body), 60).read()
+def change(server, action: str, body: dict) -> None:
+    _open(_request(server.url, f"/v1/{action}_lora_adapter", None, json_body=body), 60).read()
 
-    change("load", {"lora_name": "eve", "lora_path": str(adapters["bob"])})
+
+def test_voices_come_and_go_while_the_server_runs(server, adapters, talkers, vocab):
+    change(server, "load", {"lora_name": "eve", "lora_path": str(adapters["bob"])})
     speak(server.url, "Hello.", model="eve", **OPTIONS)
     _, rows = server.dumps.last()
     assert torch.equal(rows, greedy(talkers["bob"], render_prompt(vocab, "Hello.")))
-    change("unload", {"lora_name": "eve"})
+    change(server, "unload", {"lora_name": "eve"})
     with pytest.raises(ServerError) as caught:
         speak(server.url, "Hello.", model="eve", retries=0)
     assert caught.value.status == 404
+
+
+def test_a_fine_tuned_voice_is_heard_through_the_server(server):
+    """The end of the road: what the demo taught is what the server says, in the voice it was
+    taught; the base says the same words in another voice."""
+    if not (folder := os.environ.get("HIGGS_LAB_DEMO")):
+        pytest.skip("no finished demo: set HIGGS_LAB_DEMO to its folder")
+    demo = Path(folder).resolve()
+    rows = read_manifest(demo / "test.jsonl")[:12]
+    change(server, "load", {"lora_name": "demo", "lora_path": str(demo / "run" / "adapter")})
+    recognizer, encoder = load_recognizer("nano", "cpu"), load_encoder("nano", "cpu")
+    voice = np.mean([encoder.embed(read_audio(row.audio, JUDGE_HZ)) for row in rows], axis=0)
+    similarity = {}
+    for name in (None, "demo"):
+        said = [
+            np.frombuffer(
+                speak(server.url, row.text, model=name, seed=i, response_format="pcm"), "<i2"
+            ).astype(np.float32)
+            / 32768
+            for i, row in enumerate(rows)
+        ]
+        assert error_rate(recognizer, said, rows, "word") <= 0.15
+        similarity[name] = [cosine(encoder.embed(for_judges(wav)), voice) for wav in said]
+    change(server, "unload", {"lora_name": "demo"})
+    gained = np.subtract(similarity["demo"], similarity[None])
+    assert gained.mean() > 2 * gained.std(ddof=1) / len(gained) ** 0.5  # far from chance
