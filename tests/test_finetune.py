@@ -7,7 +7,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
@@ -24,12 +23,13 @@ from higgs_lab.vocab import Vocab
 from recipes import train_run
 from recipes.train_config import TrainConfig, check, learning_rate
 from recipes.train_run import Run
-from tests.tiny import prepared_rows
+from tests.tiny import num_layers, prepared_rows
 from tests.tiny_finetune import (
     ROOT,
     SMALL,
     adapter,
     curve,
+    loss_before,
     random_data,
     run,
     same,
@@ -155,7 +155,7 @@ def test_trap36_only_the_adapter_trains(prepared, nano):
     from higgs_lab.adapter import attach_lora, trainable_names
 
     names = trainable_names(attach_lora(load_talker(nano), "attention_mlp", 8))
-    assert len(names) == 3 * 7 * 2 and all("lora_" in name for name in names)
+    assert len(names) == num_layers(nano) * 7 * 2 and all("lora_" in name for name in names)
 
 
 @pytest.mark.parametrize("changes", [{"method": "full"}, {"preset": "attention_mlp_table"}])
@@ -167,7 +167,7 @@ def test_bf16_moves_the_table_and_writes_it_whole(prepared, nano, tmp_path, chan
     metrics = run(
         prepared, out, precision="bf16", steps=3, valid_every=0, sample_every=3, **changes
     )
-    assert abs(curve(metrics, "loss")[0] - np.log(1026)) < 0.4
+    assert abs(curve(metrics, "loss")[0] - loss_before(nano)) < 0.5
     old = load_talker(nano).codebooks.weight
     if "method" in changes:
         new = load_talker(out / "model").codebooks.weight
@@ -195,7 +195,7 @@ def test_qlora_trains_an_adapter_for_the_unquantised_base(prepared, nano, tmp_pa
     assert 0.01 < error < 0.15  # four bits: near, but not the same
     metrics = run(prepared, tmp_path / "run", method="qlora", steps=4, valid_every=0)
     loss = curve(metrics, "loss")
-    assert abs(loss[0] - np.log(1026)) < 0.4 and loss[-1] < loss[0]
+    assert abs(loss[0] - loss_before(nano)) < 0.5 and loss[-1] < loss[0]
     vocab = Vocab.from_pretrained(nano)
     loaded = load_adapter(load_talker(nano, dtype=torch.float32), tmp_path / "run", base=nano)
     assert adapter_effect(loaded, render_prompt(vocab, "Hello.")) > 0

@@ -90,7 +90,7 @@ def test_checkpoint_speaks_the_same_alone_and_in_a_batch(nano, tmp_path):
     for one, other in zip(batch, alone, strict=True):
         assert one.sample_rate_hz == 24000 and one.took_sec > 0
         assert len(one.wav) == len(other.wav) and np.allclose(one.wav, other.wav, atol=1e-4)
-    assert batch[0].hit_cap == (len(batch[0].wav) == 12 * 960)  # random weights never stop before
+    assert batch[0].hit_cap == (len(batch[0].wav) == 12 * 960)
     assert system.details["weights"] == fingerprint(nano)
     assert system.details["sampling"]["max_frames"] == 12 and "seed" not in system.details
 

@@ -104,7 +104,7 @@ def test_recordings_can_come_later(tmp_path, recordings):
     figures = report["steps"]["alignment"]["figures"]
     assert set(figures) == {"zero-shot", "clone", "clone with transcript"}
     assert report["steps"]["alignment"]["verdict"] in (OK, WARN)
-    assert report["steps"]["talker precision"]["figures"]["mean"] < 0.05
+    assert report["steps"]["talker precision"]["figures"]["mean"] < 0.1  # of codes it never met
 
 
 def test_codec_steps_measure_every_codebook(tmp_path, recordings):

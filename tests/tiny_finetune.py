@@ -11,9 +11,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from higgs_lab.batches import pack
+from higgs_lab.checkpoint import load_talker
 from higgs_lab.codec import Codec
 from higgs_lab.prepared import save_prepared
 from higgs_lab.runlog import read_jsonl
+from higgs_lab.training_set import Modes, TrainingSet
+from higgs_lab.vocab import Vocab
 from recipes.finetune import train
 from recipes.train_config import TrainConfig
 from tests.tiny import prepared_rows
@@ -30,6 +34,20 @@ def random_data(path: Path, nano: Path) -> Path:
     info["model"] = {"name": "nano", "revision": nano.name}
     save_prepared(path, rows, 8, info, [])
     return path
+
+
+@torch.no_grad()
+def loss_before(nano: Path) -> float:
+    """Of nano itself in fp32, on what a run shows it in the first epoch: there a run must begin.
+    Far above chance, as nano is sure of its words and these codes are random."""
+    config = TrainConfig(data="", out="", **SMALL)
+    modes = Modes(config.clone_share, config.clone_text_share)
+    options = dict(seed=config.seed, budget_positions=config.budget_positions)
+    data = TrainingSet(prepared_rows(14), Vocab.from_pretrained(nano), modes, **options)
+    batch = pack([data.build(i, 0) for i in range(14)])
+    talker = load_talker(nano, dtype=torch.float32)
+    sums = talker(**batch.inputs(), targets=batch.targets(torch.ones(8))).sums
+    return sums.means()["loss"]
 
 
 def run(prepared: Path, out: Path, **changes) -> list[dict]:
