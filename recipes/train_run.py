@@ -142,7 +142,9 @@ class Run:
                 last = done == config.steps
                 logs = done % config.log_every == 0 or last
                 saves = done % config.save_every == 0 or last or stop
-                if (logs or saves) and not torch.isfinite(norm):
+                validates = self.valid is not None and (done % config.valid_every == 0 or last)
+                speaks = config.sample_every and (done % config.sample_every == 0 or last)
+                if (logs or saves or validates or speaks) and not torch.isfinite(norm):
                     # not each step, as it waits for the device; weights that are NaN stay so
                     raise ValueError(
                         f"step {done}: the gradient is not finite; lower lr, or set "
@@ -151,9 +153,9 @@ class Run:
                 if logs:
                     self.report(done, start, sums, norm, totals, clock)
                 pause = time.monotonic()
-                if self.valid is not None and (done % config.valid_every == 0 or last):
+                if validates:
                     self.validate(done)
-                if config.sample_every and (done % config.sample_every == 0 or last):
+                if speaks:
                     self.speak_samples(done)
                 if saves:
                     self.save(done)

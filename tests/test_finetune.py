@@ -86,13 +86,17 @@ def test_a_step_follows_the_schedule_and_the_clipped_gradient(prepared, tmp_path
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(prepared, tmp_path):
-    """Asked where a line or a checkpoint is due: the first step here leaves NaN."""
-    changes = dict(steps=4, lr=float("inf"), valid_every=0)
-    with pytest.raises(ValueError, match="step 3: the gradient is not finite; lower lr"):
-        run(prepared, tmp_path / "lines", log_every=3, **changes)
-    with pytest.raises(ValueError, match="step 2: the gradient is not finite; lower lr"):
-        run(prepared, tmp_path / "saves", log_every=3, save_every=2, **changes)
-    for name in ("lines", "saves"):
+    """Asked where a line, a checkpoint or a sample is due: the first step here leaves NaN."""
+    looks = {
+        "lines": {},
+        "saves": dict(save_every=2),
+        "samples": dict(sample_every=2, sample_texts=["Hi."]),
+    }
+    for name, more in looks.items():
+        step = 2 if more else 3
+        changes = dict(steps=4, lr=float("inf"), valid_every=0, log_every=3) | more
+        with pytest.raises(ValueError, match=f"step {step}: the gradient is not finite; lower lr"):
+            run(prepared, tmp_path / name, **changes)
         assert not list((tmp_path / name).glob("checkpoints/step-*"))
         assert not (tmp_path / name / "metrics.jsonl").read_text()
 
