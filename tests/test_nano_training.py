@@ -149,5 +149,9 @@ def test_a_loss_that_runs_away_takes_training_back_to_the_last_good_state(capsys
     assert clock.lr == 0.025
     good.check(good.best * 1.5)
     assert clock.lr == 0.025
+    good.restart()
+    good.check(100.0)  # of another phase: no running away
+    assert clock.lr == 0.025 and good.best == 100
+    good.restart()
     with pytest.raises(RuntimeError, match="first loss is nan"):
-        LastGood([model], [optimizer], clock).check(float("nan"))
+        good.check(float("nan"))

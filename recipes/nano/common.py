@@ -98,6 +98,10 @@ class LastGood:
         self, modules: list[nn.Module], optimizers: list[torch.optim.Optimizer], clock: Clock
     ):
         self.modules, self.optimizers, self.clock = modules, optimizers, clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was reached, where losses from now on cannot be compared with it."""
         self.best = math.inf
         self.copies: list[tuple[Tensor, Tensor]] = []
 

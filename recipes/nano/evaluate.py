@@ -75,7 +75,6 @@ def ecapa_figures(args: argparse.Namespace) -> Iterator[Figure]:
         yield from recordings_figures(args.recordings, encoder)
 
 
-# --- codec and talker ------------------------------------------------------------------------
 def recordings_figures(manifest: Path, encoder) -> Iterator[Figure]:
     """People's voices, which the encoder has never met: reported, not promised."""
     rows = read_manifest(manifest)

@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         if wanted != phase:
             if wanted != "plain" and (phase == "plain" or not phase and not args.init):
                 start_codes(training, pool)
+                good.restart()  # without codes the loss is lower, and there are no codebooks yet
             phase = wanted
             step = recorded(getattr(training, phase), device)
         found = step()
