@@ -66,7 +66,7 @@ serve-env: .venv-serve/.ready
 demo: setup
 	$(PY) -m recipes.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(OPTIONS)
 
-# Two processes of up to 5 GB; a file's tests share one. PYTEST="-n 4" takes more.
+# Two processes of up to 5 GB; a file's tests share one. PYTEST="-n 4" takes more, "-n 0" none.
 test: setup engines
 	$(PY) -m pytest -n 2 --dist loadfile -m "not serve and not gpu" $(PYTEST)
 

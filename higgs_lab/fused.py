@@ -12,7 +12,7 @@ gained against the modules:
   columns;
 - what trains is an fp32 master; the products use copies in bf16, taken anew each pass. An adapter
   is many small matrices, 504 in the 4B's 36 blocks, and a kernel for each would cost more than the
-  bytes do: those of `ALIKE` blocks are one tensor, that one kernel copies;
+  bytes do: those of `GROUP` blocks are one tensor, which one kernel copies;
 - the way back is written out, so it is known what is kept for it and what is computed again
   (`CHECKPOINTING`), compiled or not;
 - weights are arguments of the compiled functions: one compilation serves all blocks.
@@ -38,8 +38,7 @@ from higgs_lab.talker import Talker
 CHECKPOINTING = ("none", "selective", "full")
 # Blocks whose matrices lie in one tensor. Making it takes room for that of gate and up beside the
 # model, .6 GB at 4B size; more blocks would save few kernels of the 66 that copy an adapter there.
-ALIKE = 6
-
+GROUP = 6
 
 Copy = tuple[Tensor, Tensor, float]  # (part of a product's matrix, its master, scale)
 Home = tuple[nn.Parameter, Tensor]  # (of an adapter, its part of such a master)
@@ -112,7 +111,7 @@ class FusedBlocks:
         config = talker.config
         self.attention, self.checkpointing, self.compiled = attention, checkpointing, compile
         self.head_dim, self.eps, self.dtype = config.head_dim, config.rms_norm_eps, dtype
-        fused = [_fuse_blocks(layers, dtype) for layers in _alike(talker.model.layers)]
+        fused = [_fuse_blocks(layers, dtype) for layers in _groups(talker.model.layers)]
         self.blocks = [block for blocks, _, _ in fused for block in blocks]
         self.copies = [copy for _, copies, _ in fused for copy in copies]
         self.homes = [home for _, _, homes in fused for home in homes]
@@ -218,8 +217,8 @@ _SITES = {
 }
 
 
-def _alike(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Runs of at most `ALIKE` layers that train the same things."""
+def _groups(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Runs of at most `GROUP` layers that train the same things."""
 
     def kind(layer: nn.Module) -> list:
         modules = [layer.get_submodule(name) for names in _SITES.values() for name in names]
@@ -230,7 +229,7 @@ def _alike(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
 
     for _, run in groupby(layers, kind):
         run = list(run)
-        yield from (run[i : i + ALIKE] for i in range(0, len(run), ALIKE))
+        yield from (run[i : i + GROUP] for i in range(0, len(run), GROUP))
 
 
 def _fuse_blocks(

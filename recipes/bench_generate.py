@@ -4,10 +4,10 @@
     python -m recipes.bench_generate --batches 16,64,256 --texts 1000 --out bench.json
 
 The plain way is Hugging Face's Qwen3Model with its growing cache, one request. Prompts and lengths
-are ragged: half of them carry a reference of 3 to 10 s, takes last 2 to 10 s (random weights end
-where their cap says). "to wav" has the codec decode and write files meanwhile. "first s" is, with
-all compiling, the wait for the first frame of one request, for the first take of many, and for as
-many files as two batches give.
+are ragged: half of them carry a reference of 3 to 10 s, takes last 2 to 10 s at most (random
+weights end where their cap says, nano where it has said its text). "to wav" has the codec decode
+and write files meanwhile. "first s" is, with all compiling, the wait for the first frame of one
+request, for the first take of many, and for as many files as two batches give.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_blocks_that_differ_are_fused_with_their_own_kind(monkeypatch):
     """Ranks of 4, 4, 2, 4 and 4, blocks together by two: three copy 11 tensors each."""
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setattr(fused, "ALIKE", 2)
+    monkeypatch.setattr(fused, "GROUP", 2)
 
     def made() -> torch.nn.Module:
         talker = tiny_talker(scale=4, num_hidden_layers=5, layer_types=["full_attention"] * 5)
