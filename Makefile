@@ -73,7 +73,8 @@ test: setup engines
 test-serve: setup engines serve-env
 	$(PY) -m pytest -m serve $(PYTEST)
 
-# Rebuilds the nano family: two trainings of nine minutes on a GPU, 16 cores make their speech. NANO=folder for the logs,
+# Rebuilds the nano family: two trainings of nine minutes on a GPU, while 16 cores make their
+# speech. NANO=folder for the logs,
 # DATA=folder for 60 h of speech (10 GB; a RAM disk if there is one).
 nano: setup
 	$(PY) -m recipes.nano.build --parts codec $(NANO_OPTIONS)
