@@ -115,3 +115,11 @@ def prepared_clips(eight_clips, nano, tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("prepared") / "out"
     return main(PrepareConfig(eight_clips, str(nano), str(out), split_valid=0.25))
+
+
+@pytest.fixture(scope="session")
+def prepared(nano, tmp_path_factory) -> Path:
+    """Prepared data of random codes, for small fine-tunes of nano (tests/tiny_finetune.py)."""
+    from tests.tiny_finetune import random_data
+
+    return random_data(tmp_path_factory.mktemp("prepared") / "data", nano)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,22 +22,15 @@ from higgs_lab.vocab import Vocab
 from recipes import train_run
 from recipes.train_config import TrainConfig, check, learning_rate
 from recipes.train_run import Run
-from tests.tiny import num_layers, prepared_rows
+from tests.tiny import num_layers, prepared_rows, same
 from tests.tiny_finetune import (
     ROOT,
     SMALL,
     adapter,
     curve,
     loss_before,
-    random_data,
     run,
-    same,
 )
-
-
-@pytest.fixture(scope="module")
-def prepared(nano, tmp_path_factory) -> Path:
-    return random_data(tmp_path_factory.mktemp("prepared") / "data", nano)
 
 
 def speak_briefly(monkeypatch) -> None:

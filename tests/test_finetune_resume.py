@@ -17,20 +17,14 @@ from safetensors.torch import save_file
 from higgs_lab.checkpoint import NativeFiles
 from higgs_lab.runlog import read_jsonl, write_json_atomic
 from recipes import finetune, train_run
+from tests.tiny import same
 from tests.tiny_finetune import (
     adapter,
     curve,
     launch,
     loss_before,
-    random_data,
     run,
-    same,
 )
-
-
-@pytest.fixture(scope="module")
-def prepared(nano, tmp_path_factory) -> Path:
-    return random_data(tmp_path_factory.mktemp("prepared") / "data", nano)
 
 
 @pytest.fixture(scope="module")

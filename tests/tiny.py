@@ -209,3 +209,10 @@ def num_layers(checkpoint: Path) -> int:
     """Blocks of a native checkpoint's talker: tests must not know the nano's size."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     return config["text_config"]["num_hidden_layers"]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two state dicts hold the same names, dtypes and numbers."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
