@@ -66,7 +66,7 @@ serve-env: .venv-serve/.ready
 demo: setup
 	$(PY) -m recipes.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(OPTIONS)
 
-# Two processes of up to 5 GB; a file's tests share one. PYTEST="-n 4" takes more, "-n 0" none.
+# Two processes of up to 6 GB; a file's tests share one. PYTEST="-n 4" takes more, "-n 0" none.
 test: setup engines
 	$(PY) -m pytest -n 2 --dist loadfile -m "not serve and not gpu" $(PYTEST)
 
@@ -74,8 +74,7 @@ test-serve: setup engines serve-env
 	$(PY) -m pytest -m serve $(PYTEST)
 
 # Rebuilds the nano family: two trainings of nine minutes on a GPU, while 16 cores make their
-# speech. NANO=folder for the logs,
-# DATA=folder for 60 h of speech (10 GB; a RAM disk if there is one).
+# speech. NANO=folder for the logs, DATA=folder for the speech (10 GB; a RAM disk if there is one).
 nano: setup
 	$(PY) -m recipes.nano.build --parts codec $(NANO_OPTIONS)
 	$(PY) -m recipes.nano.build --parts talker whisper ecapa $(NANO_OPTIONS)

@@ -123,3 +123,28 @@ def prepared(nano, tmp_path_factory) -> Path:
     from tests.tiny_finetune import random_data
 
     return random_data(tmp_path_factory.mktemp("prepared") / "data", nano)
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory) -> list[str]:
+    """Options of eval.run for judges of random weights (tests/tiny_eval.py)."""
+    from tests.tiny_eval import tiny_judges
+
+    return tiny_judges(tmp_path_factory.mktemp("judges"))
+
+
+@pytest.fixture(scope="session")
+def test_set(tmp_path_factory) -> Path:
+    """A manifest of six clips of two speakers."""
+    from tests.tiny_eval import six_clips
+
+    return six_clips(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="session")
+def finished(judges, test_set, tmp_path_factory) -> tuple[Path, dict]:
+    """A run of the human row on them, (its folder, its summary); left as it is."""
+    from tests.tiny_eval import go
+
+    out = tmp_path_factory.mktemp("run") / "human"
+    return out, go(judges, test_set, out)
