@@ -44,6 +44,15 @@ def hann(n_fft: int, device: str) -> Tensor:
     return torch.hann_window(n_fft, device=device)
 
 
+@lru_cache(maxsize=16)
+def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
+    """[n_fft/2+1, bands] triangles on the HTK mel scale, 0 to 12 kHz."""
+    import torchaudio
+
+    filters = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 12_000.0, bands, 24_000)
+    return filters.to(device)
+
+
 class Clock:
     """Time is the budget: progress, learning rate, and when to log and to save."""
 

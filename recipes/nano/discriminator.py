@@ -1,8 +1,9 @@
-"""What the codec's training has tell its speech from real speech.
+"""What the codec's training has tell its speech from real speech, and voices from each other.
 
 Spectral losses alone leave voices hoarse: they say how loud a band is, hardly whether a harmonic is
 a line. Complex spectra in three sizes (EnCodec, arXiv:2210.13438, §3.4) and the wave folded at five
-periods (HiFi-GAN, arXiv:2010.05646, §2.3), both narrower than there.
+periods (HiFi-GAN, arXiv:2010.05646, §2.3), both narrower than there. A classifier of the training
+voices beside them knows what makes a voice; it is not the family's speaker encoder, which judges.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, pad
+from torch.nn.functional import cross_entropy, leaky_relu, normalize, pad
 
-from recipes.nano.common import hann
+from recipes.nano.common import hann, mel_filters
 
 WINDOWS = (2048, 1024, 512)
 PERIODS = (2, 3, 5, 7, 11)
@@ -63,18 +64,59 @@ class ImageDiscriminator(nn.Module):
         self.last = nn.Conv2d(channels[-1], 1, 3, padding=1)
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, features = self.image(wav), []
+        x, features = self.image(wav).contiguous(memory_format=torch.channels_last), []
         for layer in self.layers:
             x = leaky_relu(layer(x), 0.2)
             features.append(x)
         return self.last(x), features
 
 
-class Discriminator(nn.Module):
-    """Multi-resolution spectra and multiple periods, judged together; wav [B, n] at 24 kHz."""
+class VoiceClassifier(nn.Module):
+    """Which training voice a wave [B, n] is of: convolutions over its log-mel spectrum.
 
-    def __init__(self, width: int = 32):
+    `forward` gives (logits [B, voices], the output of every layer and the embedding).
+    """
+
+    def __init__(self, voices: int, width: int = 256, bands: int = 80):
         super().__init__()
+        self.bands = bands
+        self.layers = nn.ModuleList(
+            nn.Conv1d(a, width, 5, stride, 2 * dilation, dilation)
+            for a, stride, dilation in ((bands, 1, 1), (width, 2, 1), (width, 1, 2), (width, 1, 3))
+        )
+        self.embed = nn.Linear(2 * width, 128)
+        self.classify = nn.Linear(128, voices, bias=False)
+
+    def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
+        device = str(wav.device)
+        spectrum = torch.stft(
+            wav.float(), 1024, 256, window=hann(1024, device), return_complex=True
+        ).abs()
+        mel = torch.einsum("bft,fm->bmt", spectrum, mel_filters(1024, self.bands, device))
+        x, features = 1 + mel.clamp(min=1e-3).log10(), []
+        for layer in self.layers:
+            x = leaky_relu(layer(x), 0.2)
+            features.append(x)
+        wide = x.float()
+        embedding = normalize(self.embed(torch.cat([wide.mean(-1), wide.std(-1)], 1)).float())
+        features.append(embedding)
+        return 16 * nn.functional.linear(embedding, normalize(self.classify.weight)), features
+
+
+def feature_distance(mine: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Sum over layers of the mean distance, relative to the targets' level."""
+    return sum(
+        (a - b).abs().mean(dtype=torch.float32) / b.abs().mean(dtype=torch.float32).clamp(min=1e-3)
+        for a, b in zip(mine, targets, strict=True)
+    )
+
+
+class Discriminator(nn.Module):
+    """Multi-resolution spectra, multiple periods and the voice; wav [B, n] at 24 kHz."""
+
+    def __init__(self, voices: int, width: int = 32):
+        super().__init__()
+        self.voice = VoiceClassifier(voices)
         spectra = [2] + [width] * 4
         folded = [1, width // 2, width, 2 * width, 2 * width]
         self.parts = nn.ModuleList(
@@ -95,23 +137,30 @@ class Discriminator(nn.Module):
     def forward(self, wav: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         return [part(wav) for part in self.parts]
 
-    def loss(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Least squares of telling fake from real (LSGAN), the discriminator's own loss."""
+    def loss(self, fake: Tensor, real: Tensor, voice: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's own losses: least squares of telling fake from real (LSGAN), and of
+        naming the `voice` [B] of what is real."""
         total = fake.new_zeros(())
         for score, _ in self(torch.cat([fake, real])):
             of_fake, of_real = score.float().chunk(2)
             total = total + of_fake.square().mean() + (1 - of_real).square().mean()
-        return total / len(self.parts)
+        logits, _ = self.voice(real)
+        return total / len(self.parts), cross_entropy(logits.float(), voice)
 
-    def generator_losses(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """What the codec makes small: (adversarial loss, feature matching, relative to real)."""
-        score, distance, layers = fake.new_zeros(()), fake.new_zeros(()), 0
+    def generator_losses(self, fake: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """What the codec makes small: adversarial, and features' distances, relative to real."""
+        self.requires_grad_(False)  # no gradients of weights that this step leaves alone
         with torch.no_grad():
-            wanted = self(real)
+            wanted, (_, wanted_voice) = self(real), self.voice(real)
+        score, distance, layers = fake.new_zeros(()), fake.new_zeros(()), 0
         for (mine, features), (_, targets) in zip(self(fake), wanted, strict=True):
             score = score + (1 - mine.float()).square().mean()
-            for a, b in zip(features, targets, strict=True):
-                b = b.float()
-                distance = distance + (a.float() - b).abs().mean() / b.abs().mean().clamp(min=1e-3)
-                layers += 1
-        return score / len(self.parts), distance / layers
+            distance = distance + feature_distance(features, targets)
+            layers += len(targets)
+        _, features = self.voice(fake)
+        self.requires_grad_(True)
+        return {
+            "adversarial": score / len(self.parts),
+            "matching": distance / layers,
+            "voice": feature_distance(features, wanted_voice) / len(features),
+        }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from safetensors.torch import save_file
@@ -23,9 +22,19 @@ from recipes.nano.codec_model import (
     build_codec,
     encode_hidden,
 )
-from recipes.nano.common import Clock, LastGood, atomically, autocast, hann, options, state_of
+from recipes.nano.common import (
+    Clock,
+    LastGood,
+    atomically,
+    autocast,
+    hann,
+    mel_filters,
+    options,
+    state_of,
+)
 from recipes.nano.discriminator import Discriminator
 from recipes.nano.pool import SpeechPool, add_floor
+from recipes.nano.voices import all_voices
 
 SCALES = ((128, 12), (256, 24), (512, 48), (1024, 80), (2048, 128))  # window, mel bands
 WEIGHTS = {
@@ -33,17 +42,9 @@ WEIGHTS = {
     "left": 0.1,
     "adversarial": 0.1,
     "matching": 1.0,
+    "voice": 1.0,
 }  # beside the spectral loss
 START_CROPS = 512  # of one second: 12,800 vectors for the k-means of 1,024 codes
-
-
-@lru_cache(maxsize=16)
-def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
-    """[n_fft/2+1, bands] triangles on the HTK mel scale, 0 to 12 kHz."""
-    import torchaudio
-
-    filters = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 12_000.0, bands, 24_000)
-    return filters.to(device)
 
 
 def spectral_loss(fake: Tensor, real: Tensor) -> Tensor:
@@ -130,11 +131,14 @@ class Training:
         options = dict(betas=(0.8, 0.99), capturable=gpu)
         lr = torch.tensor(args.lr, device=device) if gpu else args.lr
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-3, **options)
-        self.discriminator = Discriminator().to(device)
+        self.discriminator = Discriminator(len(all_voices())).to(
+            device, memory_format=torch.channels_last
+        )
         self.discriminator_optimizer = torch.optim.AdamW(
             self.discriminator.parameters(), lr=3e-4, **options
         )
         self.clip = torch.zeros(args.batch, 960 * args.crop_frames, device=device)
+        self.voice = torch.zeros(args.batch, dtype=torch.long, device=device)
         self.keep = torch.full((args.batch,), 8, device=device)
 
     def plain(self) -> dict[str, Tensor]:
@@ -150,14 +154,14 @@ class Training:
         quantised, commit, left = self.rvq(self._encode(), self.keep)
         fake = self._decode(quantised)
         with self._autocast():
-            told = self.discriminator.loss(fake.detach(), self.clip)
+            told, named = self.discriminator.loss(fake.detach(), self.clip, self.voice)
         self.discriminator_optimizer.zero_grad(set_to_none=True)
-        told.backward()
+        (told + named).backward()
         self.discriminator_optimizer.step()
         with self._autocast():
-            adversarial, matching = self.discriminator.generator_losses(fake, self.clip)
-        terms = dict(commit=commit, left=left, adversarial=adversarial, matching=matching)
-        return self._update(fake, **terms) | {"discriminator": told.detach()}
+            terms = self.discriminator.generator_losses(fake, self.clip)
+        found = self._update(fake, commit=commit, left=left, **terms)
+        return found | {"discriminator": told.detach(), "named": named.detach()}
 
     def _autocast(self):
         return autocast(self.args)
@@ -266,7 +270,9 @@ def main(argv: list[str] | None = None) -> None:
 def feed(training: Training, pool: SpeechPool, number: int) -> None:
     """The next clips, and how many codebooks each may use: mostly all."""
     B, device = len(training.clip), training.clip.device
-    training.clip.copy_(crops(pool, B, training.clip.shape[1]))
+    clip, voice = crops(pool, B, training.clip.shape[1])
+    training.clip.copy_(clip)
+    training.voice.copy_(voice)
     fewer = torch.rand(B, device=device) < 0.15
     training.keep.copy_(torch.where(fewer, torch.randint(1, 9, (B,), device=device), 8))
     training.rvq.revive.fill_(number % 10 == 0)
@@ -275,17 +281,18 @@ def feed(training: Training, pool: SpeechPool, number: int) -> None:
 @torch.no_grad()
 def start_codes(training: Training, pool: SpeechPool) -> None:
     hidden = []
-    for clip in crops(pool, START_CROPS).split(training.args.batch):
+    for clip in crops(pool, START_CROPS)[0].split(training.args.batch):
         with autocast(training.args):
             hidden.append(encode_hidden(training.model, clip))
     training.rvq.start(torch.cat(hidden).float())
 
 
-def crops(pool: SpeechPool, count: int, samples: int = 24_000) -> Tensor:
-    """[count, samples] of random speech at slightly varied levels, with the noise floor."""
+def crops(pool: SpeechPool, count: int, samples: int = 24_000) -> tuple[Tensor, Tensor]:
+    """[count, samples] of random speech at slightly varied levels, with the noise floor; and the
+    voices [count]."""
     index = torch.randint(len(pool.rows), (count,), device=pool.device)
     level = 10 ** (torch.randn(count, 1, device=pool.device) * 0.15)
-    return add_floor(pool.crops(index, samples) * level)
+    return add_floor(pool.crops(index, samples) * level), pool.voice[index]
 
 
 @torch.no_grad()
