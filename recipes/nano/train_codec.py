@@ -42,7 +42,7 @@ WEIGHTS = {
     "left": 0.1,
     "adversarial": 0.1,
     "matching": 1.0,
-    "voice": 1.0,
+    "voice": 2.0,
 }  # beside the spectral loss
 START_CROPS = 512  # of one second: 12,800 vectors for the k-means of 1,024 codes
 
