@@ -124,7 +124,10 @@ def run(command: list[str]) -> None:
 
 
 def make_recordings(folder: Path, train: Path, test: Path, num_test: int) -> None:
-    """Two minutes of a voice that no part of the nano family was trained on, and test texts."""
+    """Two minutes of a voice that no part of the nano family was trained on, and test texts.
+
+    The same recordings every time.
+    """
     from recipes.nano.espeak import speak
     from recipes.nano.texts import draw_text
     from recipes.nano.voices import DEMO_VOICE

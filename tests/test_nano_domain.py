@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from recipes.nano.data import NOISE_FLOOR, TAGS, draw_utterance, make_shard, speak_tagged
+from recipes.nano.data import (
+    NOISE_FLOOR,
+    TAGS,
+    draw_utterance,
+    make_shard,
+    make_shards,
+    speak_tagged,
+)
+from recipes.nano.espeak import ESPEAK_RATE_HZ, speak
 from recipes.nano.texts import LANGUAGES, NUMBER, draw_text, split_of
 from recipes.nano.voices import DEMO_VOICE, GENUINE, HELD_OUT_GENUINE, all_voices, made_variant
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("language", NUMBER)
@@ -63,7 +78,7 @@ def test_drawn_voices_are_all_different_and_always_the_same():
     assert {f"gender {g}" in t for t in texts[::2] for g in ("male",)} == {True}
 
 
-def test_tags_are_heard_and_a_shard_says_the_same_again(tmp_path):
+def test_tags_are_heard():
     pytest.importorskip("espeakng_loader")
     rng = random.Random(1)
     text = "The small dog sleeps."
@@ -72,13 +87,68 @@ def test_tags_are_heard_and_a_shard_says_the_same_again(tmp_path):
     fast = len(speak_tagged("<|prosody:speed_fast|>" + text, "en", "m1", random.Random(1)))
     assert slow > 1.15 * plain and fast < 0.9 * plain
     assert any(draw_utterance("en", rng, "train").startswith(TAGS) for _ in range(40))
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        make_shard((tmp_path / folder, 0, 3, "test"))
-    a, b = (
-        json.loads((tmp_path / folder / "shard-00003.json").read_text(encoding="utf-8"))["rows"]
-        for folder in ("a", "b")
-    )
-    assert [row[2:] for row in a] == [row[2:] for row in b] and len(a) > 100
-    loud = np.abs(np.load(tmp_path / "a" / "shard-00003.npy") / 32767)
+
+
+def test_a_shard_is_the_same_again(tmp_path):
+    """In another process, and after other speech."""
+    pytest.importorskip("espeakng_loader")
+    make_shards(tmp_path / "forked", 0.01, 2, 0, "test")
+    (tmp_path / "here").mkdir()
+    speak("Something else.", "en", "f3")
+    make_shard((tmp_path / "here", 0, 0, "test"))
+    for name in ("shard-00000.json", "shard-00000.npy"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "forked" / name).read_bytes()
+    assert len(json.loads((tmp_path / "here/shard-00000.json").read_text("utf-8"))["rows"]) > 100
+    loud = np.abs(np.load(tmp_path / "here" / "shard-00000.npy") / 32767)
     assert loud.max() <= 1 and NOISE_FLOOR < loud.std()
+
+
+CLIPS = [  # flutter, roughness, breath and a gain that clipped would all be carried on
+    ("The small dog sleeps.", "en", DEMO_VOICE, 160, 50),
+    ("Двадцать один красный дом.", "ru", "f3", 170, 68),
+    ("The small dog sleeps.", "en", "f3", 170, 50),
+    ("The small dog sleeps.", "en", "f3", 171, 50),
+    ("一千零一", "zh", "made0003", 140, 32),
+    ("Seven red birds sing in the old garden.", "en", "grandpa", 240, 50),
+]
+SAY = """
+import hashlib, json, sys
+from recipes.nano.espeak import speak
+for clip in json.load(sys.stdin):
+    print(hashlib.sha256(speak(*clip).tobytes()).hexdigest())
+"""
+
+
+def test_a_clip_is_the_same_whatever_was_spoken_before():
+    """Twice, in another order and in a process of its own, which loads a folder's library."""
+    loader = pytest.importorskip("espeakng_loader")
+    first = [hashlib.sha256(speak(*clip).tobytes()).hexdigest() for clip in CLIPS]
+    assert len(set(first)) == len(CLIPS)
+    for order in (CLIPS, CLIPS[::-1], CLIPS[1::2]):
+        for clip in order:
+            assert hashlib.sha256(speak(*clip).tobytes()).hexdigest() == first[CLIPS.index(clip)]
+    folder = {"ESPEAK_NG": str(Path(loader.__file__).parent), "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", SAY],
+        input=json.dumps(CLIPS[::-1]),
+        env=os.environ | folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split() == first[::-1]
+
+
+def test_a_clip_is_the_same_beside_anothers_engine():
+    """A process may hold espeak-ng for its own ends; initialised again it would hang for ever."""
+    loader = pytest.importorskip("espeakng_loader")
+    before = speak(*CLIPS[0])
+    other = ctypes.CDLL(loader.get_library_path())
+    try:
+        folder = str(Path(loader.get_data_path()).parent).encode()
+        assert other.espeak_Initialize(2, 0, folder, 0) == ESPEAK_RATE_HZ
+        assert np.array_equal(speak(*CLIPS[0]), before)
+        assert np.array_equal(speak(*CLIPS[0]), before)
+    finally:
+        other.espeak_Terminate()
+        ctypes.CDLL(None).dlclose(ctypes.c_void_p(other._handle))

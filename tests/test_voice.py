@@ -68,5 +68,5 @@ def test_fine_tuning_keeps_the_words(gains):
 
 @pytest.mark.xfail(strict=False, reason="one text in forty may become one that was learnt")
 def test_fine_tuning_keeps_the_words_without_a_reference(gains):
-    """A known miss: +0.4 and +4.3 points in two demos, whose recordings espeak-ng never repeats."""
+    """A known miss: +0.4 and +4.3 points in two demos, on recordings that were not the same."""
     assert gains[1]["error"]["value"] <= 0.03, gains[1]

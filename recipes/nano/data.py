@@ -4,9 +4,9 @@
     python -m recipes.nano.data --wav my_voice --voice made9000 --minutes 2   # a voice to fine-tune
 
 A shard is `shard-00017.npy` (int16 samples at 24 kHz, utterances end to end) beside
-`shard-00017.json` (one row per utterance). What shard n says in which voice is a function of
-(seed, split, n) alone (espeak-ng's own breath and flutter are not), so any part of the data can be
-made again, and trainers may start while later shards are still being made.
+`shard-00017.json` (one row per utterance). Shard n is a function of (seed, split, n) alone, to the
+last sample where numpy and scipy are the same, so any part of the data can be made again, and
+trainers may start while later shards are still being made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.nano.espeak import SAMPLE_RATE_HZ, speak
+from recipes.nano.espeak import SAMPLE_RATE_HZ, data_folder, speak
 from recipes.nano.texts import NUMBER_LANGUAGES, draw_text
 from recipes.nano.voices import DEMO_VOICE, HOME_VOICES, all_voices
 
@@ -63,7 +63,7 @@ def make_shard(job: tuple[Path, int, int, str]) -> float:
     for _ in range(VOICES_PER_SHARD):
         index = rng.choice(home if home and rng.random() < 0.2 else voices)
         voice = all_voices()[index].name
-        # Two languages a visit: changing the voice costs espeak more than a sentence.
+        # Two languages a visit.
         visit = [rng.choices(("en", rng.choice(NUMBER_LANGUAGES)), (0.45, 0.55))[0] for _ in "ab"]
         for language in visit:
             for _ in range(UTTERANCES_PER_VOICE // 2):
@@ -97,6 +97,7 @@ def make_shards(out: Path, hours: float, workers: int, seed: int, split: str) ->
     out.mkdir(parents=True, exist_ok=True)
     mean_sec = 2.3 * UTTERANCES_PER_VOICE * VOICES_PER_SHARD
     jobs = [(out, seed, n, split) for n in range(max(1, round(hours * 3600 / mean_sec)))]
+    data_folder()  # shared by the workers and removed when this process ends
     begin, seconds = time.time(), 0.0
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         for done, length in enumerate(pool.imap_unordered(make_shard, jobs), 1):

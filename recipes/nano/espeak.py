@@ -1,8 +1,13 @@
-"""espeak-ng through ctypes: text in, 24 kHz samples out. One engine per process.
+"""espeak-ng through ctypes: text in, 24 kHz samples out, the same ones every time.
+
+espeak-ng remembers what it spoke: where the pitch's flutter stands, the count of cycles that
+roughness goes by, its gain after a loud sample and the noise of breath all outlive an utterance,
+and no call puts them back. So the library is loaded for every utterance, which takes a millisecond,
+its noise is seeded, and it is unloaded behind it. Nothing of it is left between two calls, so
+processes may be forked at any time; two threads must not speak at once.
 
 The library comes from the `espeakng-loader` wheel, from a folder named by `ESPEAK_NG` (an unpacked
-wheel), or from the system. A second `espeak_Initialize` in one process hangs for ever, so the
-engine is a per-process singleton; start worker processes before anything else touches it.
+wheel), or from the system.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import ctypes
 import os
 import shutil
 import tempfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,77 +39,104 @@ def library_and_data() -> tuple[str, Path]:
     """Paths of the shared library and of the installed data folder."""
     if "ESPEAK_NG" in os.environ:
         folder = Path(os.environ["ESPEAK_NG"])
-    else:
-        try:
-            import espeakng_loader
-        except ImportError:
-            for data in Path("/usr/lib").glob("*/espeak-ng-data"):
-                return str(next(data.parent.glob("libespeak-ng.so*"))), data
-            raise ImportError(
-                "espeak-ng is missing: pip install espeakng-loader, or install Debian's "
-                "libespeak-ng1 and espeak-ng-data"
-            ) from None
-        folder = Path(espeakng_loader.__file__).parent
-    return str(folder / "libespeak-ng.so"), (folder / "espeak-ng-data").resolve()
-
-
-class _Engine:
-    def __init__(self) -> None:
-        library, installed = library_and_data()
-        scratch = Path(tempfile.gettempdir()) / f"nano-espeak-{os.getuid()}-{os.getpid()}"
-        data = build_data_folder(installed, scratch / "espeak-ng-data")
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        self.variants = data / "voices" / "!v"
-        self.lib = ctypes.CDLL(library)
-        rate = self.lib.espeak_Initialize(_SYNCHRONOUS, 0, str(scratch).encode(), 0)
-        if rate != ESPEAK_RATE_HZ:
-            raise RuntimeError(f"espeak_Initialize returned {rate}, expected {ESPEAK_RATE_HZ}")
-        self.pieces: list[np.ndarray] = []
-        self.callback = _CALLBACK(self._receive)
-        self.lib.espeak_SetSynthCallback(self.callback)
-        self.voice: str | None = None
-
-    def _receive(self, samples, count, _events) -> int:
-        if samples and count > 0:
-            self.pieces.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
-        return 0
-
-    def speak(self, text: str, language: str, variant: str, rate: int, pitch: int) -> np.ndarray:
-        name = f"{ESPEAK_LANGUAGE.get(language, language)}+{variant}"
-        if name != self.voice:
-            # espeak-ng lists at most 350 voice files, at initialisation; a variant is read by its
-            # path when it is chosen, so drawn ones are written after that.
-            if variant.startswith("made") and not (self.variants / variant).exists():
-                (self.variants / variant).write_text(made_variant(int(variant[4:])))
-            if self.lib.espeak_SetVoiceByName(name.encode()) != 0:
-                raise ValueError(f"espeak-ng has no voice {name!r}")
-            self.voice = name
-        self.lib.espeak_SetParameter(_RATE, rate, 0)
-        self.lib.espeak_SetParameter(_PITCH, pitch, 0)
-        self.pieces = []
-        raw = text.encode() + b"\0"
-        self.lib.espeak_Synth(raw, len(raw), 0, _CHARACTERS, 0, _UTF8, None, None)
-        self.lib.espeak_Synchronize()
-        return np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.int16)
+        return str(next(folder.glob("libespeak-ng.[sd]*"))), (folder / "espeak-ng-data").resolve()
+    try:
+        import espeakng_loader
+    except ImportError:
+        for data in Path("/usr/lib").glob("*/espeak-ng-data"):
+            return str(next(data.parent.glob("libespeak-ng.so*"))), data
+        raise ImportError(
+            "espeak-ng is missing: pip install espeakng-loader, or install Debian's "
+            "libespeak-ng1 and espeak-ng-data"
+        ) from None
+    return espeakng_loader.get_library_path(), Path(espeakng_loader.get_data_path()).resolve()
 
 
 @lru_cache(maxsize=1)
-def _engine() -> _Engine:
-    return _Engine()
+def data_folder() -> Path:
+    """The engine's data with room for drawn variants, made once a process.
+
+    Processes forked after the first call share it, and the one that made it removes it.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="nano-espeak-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return build_data_folder(library_and_data()[1], scratch / "espeak-ng-data")
+
+
+def _variant_file(variant: str) -> Path:
+    path = data_folder() / "voices" / "!v" / variant
+    if variant.startswith("made") and not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=data_folder(), delete=False) as file:
+            file.write(made_variant(int(variant[4:])))
+        os.replace(file.name, path)  # whole at once: another process may be about to read it
+    return path
+
+
+def _load(library: str) -> ctypes.CDLL:
+    """The library as it is before the first word.
+
+    Where it is in the process already, which is somebody else's doing or that of a system that does
+    not unload, this is a copy of it.
+    """
+    try:
+        ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return ctypes.CDLL(library)
+    with tempfile.NamedTemporaryFile(suffix=Path(library).suffix) as copy:
+        shutil.copyfile(library, copy.name)
+        return ctypes.CDLL(copy.name)
+
+
+def _synthesize(text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
+    """int16 [n] at 22,050 Hz, by an engine that never spoke before."""
+    libc, pieces = ctypes.CDLL(None), []
+
+    @_CALLBACK
+    def receive(samples, count, _events) -> int:
+        if samples and count > 0:
+            pieces.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
+        return 0
+
+    lib = _load(library_and_data()[0])
+    hz = lib.espeak_Initialize(_SYNCHRONOUS, 0, str(data_folder().parent).encode(), 0)
+    if hz != ESPEAK_RATE_HZ:
+        raise RuntimeError(f"espeak_Initialize returned {hz}, expected {ESPEAK_RATE_HZ}")
+    try:
+        lib.espeak_SetSynthCallback(receive)
+        if lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice!r}")
+        lib.espeak_SetParameter(_RATE, rate, 0)
+        lib.espeak_SetParameter(_PITCH, pitch, 0)
+        # Every clip has a breath of its own. 1.51 draws it from libc, 1.52 from a generator of its
+        # own, which it seeds with the time.
+        seed = zlib.crc32(f"{voice} {rate} {pitch} {text}".encode())
+        libc.srand(seed)
+        if hasattr(lib, "espeak_ng_SetRandSeed"):
+            lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+        raw = text.encode() + b"\0"
+        lib.espeak_Synth(raw, len(raw), 0, _CHARACTERS, 0, _UTF8, None, None)
+        lib.espeak_Synchronize()
+    finally:
+        lib.espeak_Terminate()  # also ends the thread that runs the library's code
+        libc.dlclose(ctypes.c_void_p(lib._handle))
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
 
 
 def speak(text: str, language: str, variant: str, rate: int = 170, pitch: int = 50) -> np.ndarray:
     """Speech at 24 kHz, float32 [n], trimmed to 60 ms of silence at both ends, RMS -23 dBFS.
 
-    `rate` is in words per minute, `pitch` espeak's 0-99 (50 is the variant's own pitch).
-    Raises ValueError when espeak-ng is silent for the text.
+    A function of its arguments, whatever was spoken before and in which process. `rate` is in words
+    per minute, `pitch` espeak's 0-99 (50 is the variant's own pitch).
+    Raises ValueError when espeak-ng is silent for the text or has no such voice.
     """
     from scipy.signal import resample_poly
 
-    wav = _engine().speak(text, language, variant, rate, pitch).astype(np.float32) / 32768
+    _variant_file(variant)
+    voice = f"{ESPEAK_LANGUAGE.get(language, language)}+{variant}"
+    wav = _synthesize(text, voice, rate, pitch).astype(np.float32) / 32768
     loud = np.flatnonzero(np.abs(wav) > 0.004)
     if not len(loud):
-        raise ValueError(f"espeak-ng is silent for {text!r} in {language}+{variant}")
+        raise ValueError(f"espeak-ng is silent for {text!r} in {voice}")
     edge = round(0.06 * ESPEAK_RATE_HZ)
     wav = wav[max(loud[0] - edge, 0) : loud[-1] + edge]
     wav = np.pad(wav, (max(edge - loud[0], 0), 0))
@@ -114,8 +147,4 @@ def speak(text: str, language: str, variant: str, rate: int = 170, pitch: int = 
 
 def is_female(variant: str) -> bool:
     """Whether a variant says so; those that say nothing have the language's own male voice."""
-    if variant.startswith("made"):
-        text = made_variant(int(variant[4:]))
-    else:
-        text = (_engine().variants / variant).read_text(errors="replace")
-    return "gender female" in text
+    return "gender female" in _variant_file(variant).read_text(errors="replace")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 # Variants of espeak-ng 1.52 that sound like a plain speaker; robots, whispers, echoes and the
@@ -67,25 +68,33 @@ def made_variant(number: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def all_voices() -> list[Voice]:
+@lru_cache(maxsize=1)
+def all_voices() -> tuple[Voice, ...]:
     """Every voice, training voices first; the order is fixed, so a position is an identity."""
     train = [name for name in GENUINE if name not in HELD_OUT_GENUINE]
     made = [f"made{number:04d}" for number in range(NUM_MADE)]
     test = HELD_OUT_GENUINE + [f"made{8000 + number:04d}" for number in range(NUM_HELD_OUT_MADE)]
     return (
-        [Voice(name, "train") for name in train + made]
-        + [Voice(name, "test") for name in test]
-        + [Voice(DEMO_VOICE, "demo")]
+        *(Voice(name, "train") for name in train + made),
+        *(Voice(name, "test") for name in test),
+        Voice(DEMO_VOICE, "demo"),
     )
 
 
 def build_data_folder(installed: Path, folder: Path) -> Path:
-    """A writable espeak-ng data folder: its own `voices/!v`, links to the `installed` one else."""
+    """A writable espeak-ng data folder: its own `voices/!v`, links to the `installed` one else.
+
+    Languages are linked from `voices` too, by the lower-case name that a voice is asked for: found
+    there, espeak-ng does not read every voice file to find it.
+    """
     variants = folder / "voices" / "!v"
-    variants.mkdir(parents=True, exist_ok=True)
+    variants.mkdir(parents=True)
     for source in installed.iterdir():
-        if source.name != "voices" and not (folder / source.name).exists():
+        if source.name != "voices":
             os.symlink(source, folder / source.name)
     for source in (installed / "voices" / "!v").iterdir():
         (variants / source.name).write_bytes(source.read_bytes())
+    for source in (installed / "lang").rglob("*"):
+        if source.is_file():
+            os.symlink(source, variants.parent / source.name.lower())
     return folder
