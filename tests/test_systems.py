@@ -224,6 +224,15 @@ def test_espeak_speaks_where_it_has_a_voice():
     assert "no voice for zu" in zulu.error and zulu.unsupported
 
 
+def test_espeak_says_a_row_the_same_whatever_the_batch_holds():
+    pytest.importorskip("espeakng_loader")
+    speak = open_system("espeak").start()
+    requests = [Request(row("a", "Hello there."), 0), Request(row("b", "Good bye."), 0)]
+    a, b = speak(requests)
+    other_b, other_a = speak(requests[::-1])
+    assert np.array_equal(a.wav, other_a.wav) and np.array_equal(b.wav, other_b.wav)
+
+
 def test_codec_gives_the_recordings_back_as_it_hears_them(nano, tmp_path):
     from higgs_lab.codec import Codec
 
