@@ -7,7 +7,7 @@ import pytest
 from higgs_lab.audio import write_wav
 from higgs_lab.manifest import Utterance, read_manifest, write_manifest
 from recipes import demo
-from recipes.demo import main, take_recordings
+from recipes.demo import main, make_recordings, take_recordings
 from tests.tiny import voice_like
 
 
@@ -84,3 +84,14 @@ def test_other_recordings_are_not_taken_for_those_already_there(tmp_path, monkey
         SystemExit, match="a demo of .*all.jsonl, not of a new espeak-ng voice: name"
     ):
         main(["--out", str(tmp_path / "out")])
+
+
+def test_the_demo_makes_the_same_recordings_again(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        make_recordings(folder, folder / "train.jsonl", folder / "test.jsonl", 3)
+    wavs = sorted(path.name for path in (tmp_path / "a").glob("*.wav"))
+    assert len(wavs) == demo.NUM_TRAIN + 3
+    for name in wavs:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

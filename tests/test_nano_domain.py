@@ -89,17 +89,20 @@ def test_tags_are_heard():
     assert any(draw_utterance("en", rng, "train").startswith(TAGS) for _ in range(40))
 
 
-def test_a_shard_is_the_same_again(tmp_path):
+def test_shards_hold_the_hours_asked_for_and_are_the_same_again(tmp_path):
     """In another process, and after other speech."""
     pytest.importorskip("espeakng_loader")
-    make_shards(tmp_path / "forked", 0.01, 2, 0, "test")
-    (tmp_path / "here").mkdir()
+    hours, (forked, here) = 0.17, (tmp_path / "forked", tmp_path / "here")
+    make_shards(forked, hours, 2, 0, "test")
+    samples = sum(len(np.load(shard)) for shard in forked.glob("*.npy"))
+    assert samples / 24_000 / 3600 == pytest.approx(hours, rel=0.1)
+    here.mkdir()
     speak("Something else.", "en", "f3")
-    make_shard((tmp_path / "here", 0, 0, "test"))
-    for name in ("shard-00000.json", "shard-00000.npy"):
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "forked" / name).read_bytes()
-    assert len(json.loads((tmp_path / "here/shard-00000.json").read_text("utf-8"))["rows"]) > 100
-    loud = np.abs(np.load(tmp_path / "here" / "shard-00000.npy") / 32767)
+    make_shard((here, 0, 1, "test"))
+    for name in ("shard-00001.json", "shard-00001.npy"):
+        assert (here / name).read_bytes() == (forked / name).read_bytes()
+    assert len(json.loads((here / "shard-00001.json").read_text("utf-8"))["rows"]) > 100
+    loud = np.abs(np.load(here / "shard-00001.npy") / 32767)
     assert loud.max() <= 1 and NOISE_FLOOR < loud.std()
 
 

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, required=True)
     add("--ship", type=Path, help="where packaged weights go (default: ship in --out)")
     add("--data", type=Path, default=Path("/dev/shm/nano"), help="where the speech is made")
-    add("--hours", type=float, default=60, help="of speech")
+    add("--hours", type=float, default=43, help="of speech")
     add("--seconds", type=float, default=540, help="of training")
     add("--codec", type=Path, help="a trained or packaged codec (default: the one in --out)")
     add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4), help="that speak")
@@ -63,7 +63,7 @@ def start(args: argparse.Namespace, codec: Path) -> dict[str, subprocess.Popen]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     speakers = [*module, "recipes.nano.data", "--workers", str(args.workers)]
     train = ["--out", str(args.data), "--hours", str(args.hours)]
-    test = ["--out", f"{args.data}-test", "--hours", "0.4", "--split", "test"]
+    test = ["--out", f"{args.data}-test", "--hours", "0.26", "--split", "test"]
     jobs = {
         "train speech": subprocess.Popen([*speakers, *train], env=environment),
         "test speech": subprocess.Popen([*speakers, *test], env=environment),
