@@ -39,7 +39,10 @@ def library_and_data() -> tuple[str, Path]:
     """Paths of the shared library and of the installed data folder."""
     if "ESPEAK_NG" in os.environ:
         folder = Path(os.environ["ESPEAK_NG"])
-        return str(next(folder.glob("libespeak-ng.[sd]*"))), (folder / "espeak-ng-data").resolve()
+        found = sorted(folder.glob("libespeak-ng.[sd]*"))  # .so, .dylib
+        if not found:
+            raise ImportError(f"ESPEAK_NG={folder} holds no libespeak-ng: name an unpacked wheel")
+        return str(found[0]), (folder / "espeak-ng-data").resolve()
     try:
         import espeakng_loader
     except ImportError:
