@@ -130,11 +130,11 @@ def test_a_clip_is_the_same_whatever_was_spoken_before():
     for order in (CLIPS, CLIPS[::-1], CLIPS[1::2]):
         for clip in order:
             assert hashlib.sha256(speak(*clip).tobytes()).hexdigest() == first[CLIPS.index(clip)]
-    folder = {"ESPEAK_NG": str(Path(loader.__file__).parent), "PYTHONPATH": str(ROOT)}
+    folder = {"ESPEAK_NG": str(Path(loader.__file__).parent)}
     said = subprocess.run(
         [sys.executable, "-c", SAY],
         input=json.dumps(CLIPS[::-1]),
-        env=os.environ | folder,
+        env=folder | os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
