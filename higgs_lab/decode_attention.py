@@ -39,14 +39,20 @@ def splits_of(slots: int, kv_heads: int) -> int:
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, splits: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    splits: int | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """q [B, H, d] over the first `lengths` [B] positions of caches [B, H_kv, C, d] -> [B, H, d].
 
     Query head h looks at key-value head h // (H / H_kv). The caches may be views of equal strides;
     what lies beyond a length is never read. Lengths are at least 1. Sums are fp32. A slot's result
     depends on its own tensors and `splits` alone, by default `splits_of`: another number of batch
-    mates may round it otherwise, other mates may not. Raises ValueError for strides it cannot read.
+    mates may round it otherwise, other mates may not. dependent: start while the kernel before ends
+    (compute capability 9.0 or more). Raises ValueError for strides it cannot read.
     """
     B, H, d = q.shape
     kv_heads = keys.shape[1]
@@ -64,12 +70,15 @@ def decode_attention(
         best, weight = torch.empty(2, B * H * splits, dtype=torch.float32, device=q.device)
     shape = dict(SPLITS=splits, GROUP=H // kv_heads, D=d, BLOCK=BLOCK, ROWS=ROWS)
     strides = keys.stride()[:2]
+    launch = {"PDL": dependent} | ({"launch_pdl": True} if dependent else {})
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _attend_part[(B, kv_heads, splits)](
-            q, keys, values, lengths, parts, best, weight, *strides, d**-0.5, **shape, num_warps=4
-        )
+            q, keys, values, lengths, parts, best, weight, *strides, d**-0.5, **shape, **launch,
+            num_warps=4,
+        )  # fmt: skip
         if splits > 1:
-            _join_parts[(B * H,)](parts, best, weight, out, SPLITS=splits, D=d, num_warps=2)
+            shape = dict(SPLITS=splits, D=d)
+            _join_parts[(B * H,)](parts, best, weight, out, **shape, **launch, num_warps=2)
     return out
 
 
@@ -77,12 +86,14 @@ def decode_attention(
 def _attend_part(
     q, keys, values, lengths, out, best, weight, slot_stride, head_stride, scale,
     SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of one slot's keys, for the GROUP query heads of one key-value head.
 
     A part without keys leaves a maximum of -inf and zeros, which count for nothing when joined.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + slot).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
@@ -115,6 +126,8 @@ def _attend_part(
         sums = sums * shrink[:, None] + tl.dot(chance.to(value.dtype), value)
         total = total * shrink + tl.sum(chance, 1)
         top = higher
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLITS == 1:
         found = (sums / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + place[:, None] * D + column[None, :], found, mask=mine[:, None])
@@ -126,13 +139,17 @@ def _attend_part(
 
 
 @triton.jit
-def _join_parts(parts, best, weight, out, SPLITS: tl.constexpr, D: tl.constexpr):
+def _join_parts(parts, best, weight, out, SPLITS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr):
     """The parts of one query head, each scaled to the highest maximum."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     split, column = tl.arange(0, SPLITS), tl.arange(0, D)
     top = tl.load(best + row * SPLITS + split)
     shrink = tl.exp(top - tl.max(top, 0))
     total = tl.sum(shrink * tl.load(weight + row * SPLITS + split), 0)
     sums = tl.load(parts + (row * SPLITS + split)[:, None] * D + column[None, :])
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     found = tl.sum(sums * shrink[:, None], 0) / total
     tl.store(out + row * D + column, found.to(out.dtype.element_ty))

@@ -56,6 +56,7 @@ class Engine:
         self.offsets = books * self.codebook_size
         heads = (self.heads, self.kv_heads, self.head_dim)
         self.split_kv = _split_kv_runs(self.device, self.dtype, *heads)
+        self.few_rows = _few_rows(self)
         self.pointers = _pointers(talker)
         self._compiled: dict[str, Callable] = {}
 
@@ -103,9 +104,9 @@ class Engine:
     def embed_rows(self, rows: Tensor) -> Tensor:
         return F.embedding(rows + self.offsets, self.table).sum(dim=-2)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Last block's output [N, D] -> fp32 logits [N, K, V]."""
-        hidden = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+    def logits(self, x: Tensor, normed: bool = False) -> Tensor:
+        """Last block's output [N, D], or its norm -> fp32 logits [N, K, V]."""
+        hidden = x if normed else F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
         flat = F.linear(hidden, self.table).float()
         return flat.unflatten(-1, (self.num_codebooks, self.codebook_size))
 
@@ -287,6 +288,72 @@ def _split_kv_runs(
     if not right:
         warnings.warn("Triton's attention is wrong here, speaking is slower", stacklevel=2)
     return right
+
+
+def _few_rows(engine: Engine) -> int:
+    """Rows up to which `decode_blocks` takes a step's place of these functions; 0: never.
+
+    Faster where it was measured, compute capability 9.0; shown to be right by a trial.
+    """
+    if not engine.split_kv or torch.cuda.get_device_capability(engine.device) != (9, 0):
+        return 0
+    from higgs_lab import decode_block
+
+    feed_forward = engine.layers[0].down.shape[1]
+    sizes = (engine.norm.shape[0], feed_forward, engine.heads, engine.head_dim)
+    if not decode_block.fits(*sizes):
+        return 0
+    try:
+        error = _trial(engine)
+    except Exception as error:  # as above; and old drivers may record no dependent launch
+        warnings.warn(f"Triton's blocks do not run, speaking is slower: {error}", stacklevel=3)
+        return 0
+    if not error < 0.05:
+        warnings.warn("Triton's blocks are wrong here, speaking is slower", stacklevel=3)
+        return 0
+    return decode_block.MAX_ROWS
+
+
+@torch.no_grad()
+def _trial(engine: Engine) -> float:
+    """How far `decode_blocks` is from the engine's functions: the first two blocks, three rows.
+
+    A norm relative to another. On a GPU the blocks are recorded, as they will be.
+    """
+    from higgs_lab.decode_block import decode_blocks
+
+    device, dtype, room = engine.device, engine.dtype, 64
+    random = torch.Generator(device).manual_seed(0)
+    layers = engine.layers[:2]
+    shape = (2, len(layers), 2, 3, engine.kv_heads, room, engine.head_dim)
+    start = torch.randn(3, len(engine.norm), generator=random, device=device).to(dtype)
+    cache = torch.randn(shape[1:], generator=random, device=device).to(dtype).expand(shape).clone()
+    position, slot = torch.tensor([0, 21, room - 1], device=device), torch.arange(3, device=device)
+    rope = engine.rope(room)
+    cos, sin = rope[0][position, None], rope[1][position, None]
+    x = start.clone()
+    for layer, (keys, values) in zip(layers, cache[0], strict=True):
+        q = engine.cached_project(x, layer, cos, sin, keys, values, slot, position)
+        at = torch.arange(room, device=device)
+        hidden = torch.zeros(3, room, device=device, dtype=dtype)
+        hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
+        attended = engine.attend(q, keys, values, position + 1, hidden)
+        engine.finish(x, attended, layer, engine.feed_forward)
+    wanted = F.rms_norm(x, x.shape[-1:], engine.norm, engine.eps).float()
+
+    def blocks() -> Tensor:
+        x = start.clone()
+        return decode_blocks(x, layers, engine.norm, engine.eps, cache[1], rope, position)
+
+    found = blocks()  # compiles
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                found = blocks()
+            graph.replay()
+    return float((found.float() - wanted).norm() / wanted.norm())
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

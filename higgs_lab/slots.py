@@ -171,36 +171,15 @@ class Slots:
         All reads and writes are of static buffers; nothing here may wait for the device. exact:
         all slots are at `length`, so that SDPA needs nothing hidden.
         """
-        engine = self.engine
-        part = slice(0, size)
-        position, number = self.position[part], self.number[part]
-        fed = engine.embed_rows(self.rows[part])
-        x = torch.where(self.fresh[part, None], self.first[part], fed)
-        cos, sin = self.rope[0][position, None], self.rope[1][position, None]
-        lengths, hidden = position + 1, None
-        if not exact and not engine.split_kv:
-            at = torch.arange(length, device=engine.device)
-            hidden = torch.zeros(size, length, dtype=engine.dtype, device=engine.device)
-            hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
-        project, between, pick = engine.cached_project, engine.feed_forward, next_row
-        if compile:
-            project, pick = engine.compiled(project, size), engine.compiled(pick, size)
-            between = engine.compiled(between, size)
-            engine.any_batch(size, x, cos, sin, number, position)
-        for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
-            q = project(x, layer, cos, sin, keys, values, number, position)
-            seen = (keys[part, :, :length], values[part, :, :length])
-            attended = engine.attend(q, *seen, lengths, hidden)
-            if compile and size == 1:
-                x = engine.finish_one(x, attended, layer)
-            else:
-                engine.finish(x, attended, layer, between)
+        engine, part, number = self.engine, slice(0, size), self.number[:size]
+        logits = self._logits(size, length, compile, exact)
+        pick = engine.compiled(next_row, size) if compile else next_row
         state = RampState(*(t[part] for t in vars(self.state).values()))
         options = SamplingTensors(*(t[part] for t in vars(self.options).values()))
         mine = self.vllm[part]
         named = {"vllm": mine, "sglang": ~mine}
         named = {mode: named[mode] for mode in modes}
-        at, logits = self.step[part], engine.logits(x)
+        at = self.step[part]
         if compile:
             several = (*vars(options).values(), *vars(state).values(), *named.values())
             engine.any_batch(size, logits, at, *several)
@@ -216,6 +195,38 @@ class Slots:
         self.rows[part], self.fresh[part] = row, False
         for name, value in vars(after).items():
             getattr(self.state, name)[part] = value
+
+    def _logits(self, size: int, length: int, compile: bool, exact: bool) -> Tensor:
+        """The blocks of `step_once`, and the head."""
+        engine, part = self.engine, slice(0, size)
+        position, number = self.position[part], self.number[part]
+        fed = engine.embed_rows(self.rows[part])
+        x = torch.where(self.fresh[part, None], self.first[part], fed)
+        if size <= engine.few_rows:
+            from higgs_lab.decode_block import decode_blocks
+
+            blocks = (engine.layers, engine.norm, engine.eps)
+            found = decode_blocks(x, *blocks, self.cache, self.rope, position)
+            return engine.logits(found, normed=True)
+        cos, sin = self.rope[0][position, None], self.rope[1][position, None]
+        lengths, hidden = position + 1, None
+        if not exact and not engine.split_kv:
+            at = torch.arange(length, device=engine.device)
+            hidden = torch.zeros(size, length, dtype=engine.dtype, device=engine.device)
+            hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
+        project, between = engine.cached_project, engine.feed_forward
+        if compile:
+            project, between = engine.compiled(project, size), engine.compiled(between, size)
+            engine.any_batch(size, x, cos, sin, number, position)
+        for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
+            q = project(x, layer, cos, sin, keys, values, number, position)
+            seen = (keys[part, :, :length], values[part, :, :length])
+            attended = engine.attend(q, *seen, lengths, hidden)
+            if compile and size == 1:
+                x = engine.finish_one(x, attended, layer)
+            else:
+                engine.finish(x, attended, layer, between)
+        return engine.logits(x)
 
     def replay(self, *key) -> None:
         """`step_once` as a CUDA graph, recorded the first time."""

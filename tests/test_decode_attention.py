@@ -66,8 +66,12 @@ def interpreted() -> None:
 
 
 def spoken() -> None:
-    """Speech as on a GPU: idle slots, moves, growth; prints which takes are the slow twin's, and of
-    each recording how many slots, up to which position, and how many positions there are."""
+    print(json.dumps(speech()))
+
+
+def speech(few_rows: int = 0, **sizes) -> tuple[list, list]:
+    """Speech as on a GPU: idle slots, moves, growth. Which takes are the slow twin's, and of each
+    recording how many slots, up to which position, and how many positions there are."""
     from higgs_lab import decode_attention, decoding
     from higgs_lab.decoding import Decoder
     from higgs_lab.engine import Engine
@@ -85,26 +89,27 @@ def spoken() -> None:
         self.step_once(*key)
 
     decoding.Slots.replay = replay
-    talker = tiny_talker(scale=6)
+    talker = tiny_talker(scale=6, **sizes)
     prompts, settings = ragged(3)
     settings = [replace(s, max_frames=1 + 2 * i) for i, s in enumerate(settings)]
     engine = Engine(talker)
-    engine.split_kv = True
+    engine.split_kv, engine.few_rows = True, few_rows
     with torch.no_grad():
         made = dict(Decoder(engine).run(requests_of(prompts, settings, 8), 2, graphs=True))
     twins = [generate_naive(talker, *pair) for pair in zip(prompts, settings, strict=True)]
-    print(json.dumps([[same(made[i], twin) for i, twin in enumerate(twins)], sorted(keys)]))
+    return [same(made[i], twin) for i, twin in enumerate(twins)], sorted(keys)
 
 
 def version(module) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-def run(name: str):
+def run(name: str, module: str = "tests.test_decode_attention"):
+    """What a function prints as its last line, run in Triton's interpreter."""
     triton = pytest.importorskip("triton")
     if version(triton) < (3, 7) and version(np) >= (2, 4):
         pytest.skip("Triton's interpreter reads numpy 2.4's arrays from 3.7 on")
-    code = f"from tests.test_decode_attention import {name}; {name}()"
+    code = f"from {module} import {name}; {name}()"
     env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

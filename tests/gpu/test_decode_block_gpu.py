@@ -1,0 +1,91 @@
+"""The Triton blocks on a GPU: against the engine's own, recorded, and as the engine chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from higgs_lab.engine import Engine
+from higgs_lab.generate import Sampling, generate
+from tests.test_decode_block import CASES, SIZES, both, product, relative
+from tests.test_decoding import ragged
+from tests.tiny import tiny_talker
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a GPU of compute capability 9.0",
+    ),
+]
+SHAPES_4B = [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728), (8208, 2560)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*CASES, *((m, *s) for m in (1, 16, 64) for s in SHAPES_4B)])
+def test_products_are_recorded_and_right(case, dtype):
+    """Two after each other in one recording: the second must wait for the first's end."""
+    from higgs_lab.decode_block import linear
+
+    x, weight = product(case, dtype, "cuda")
+    second = (torch.randn(128, case[1] // 128 * 128, device="cuda") * 0.02).to(dtype)
+
+    def twice():
+        once = linear(x, weight)
+        half = once.sum(0).to(dtype)[:, : second.shape[1]].contiguous()
+        return once, linear(half, second) if second.shape[1] else once
+
+    twice()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once, after = twice()
+    for _ in range(3):
+        graph.replay()
+    wanted = x.float() @ weight.float().T
+    assert relative(once.sum(0), wanted) < 1e-3
+    if second.shape[1]:
+        wanted = wanted[:, : second.shape[1]].to(dtype).float() @ second.float().T
+        assert relative(after.sum(0), wanted) < 1e-2
+
+
+def test_a_rows_sums_do_not_depend_on_its_mates():
+    from higgs_lab.decode_block import linear
+
+    for shape in SHAPES_4B:
+        x, weight = product((64, *shape), torch.bfloat16, "cuda")
+        together = linear(x, weight)
+        for count in (1, 16, 17):
+            assert torch.equal(together[:, :count], linear(x[:count], weight))
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 17, 64])
+def test_blocks_are_the_engines(count):
+    new, ours = both(torch.bfloat16, "cuda", count)
+    assert max(relative(new[name], ours[name]) for name in ours) < 0.03
+
+
+def test_the_engine_takes_them_where_sizes_divide(recwarn):
+    assert Engine(tiny_talker(**SIZES).cuda().bfloat16()).few_rows == 64
+    assert Engine(tiny_talker(**SIZES).cuda()).few_rows == 0
+    assert Engine(tiny_talker().cuda().bfloat16()).few_rows == 0
+    assert not [w for w in recwarn if "Triton" in str(w.message)]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_log_probs_are_those_of_the_engines_blocks(count, monkeypatch):
+    """Greedy speech, up to where rounding first chooses another id."""
+    talker = tiny_talker(scale=6, **SIZES).cuda().half()
+    prompts, _ = ragged(count)
+    setting = Sampling(temperature=0.0, max_frames=20)
+    made = generate(talker, prompts, setting, log_probs=True)
+    monkeypatch.setattr("higgs_lab.engine._few_rows", lambda engine: 0)
+    talker.load_state_dict({k: v.clone() for k, v in talker.state_dict().items()}, assign=True)
+    plain = generate(talker, prompts, setting, log_probs=True)
+    total = 0
+    for a, b in zip(made, plain, strict=True):
+        rows = min(len(a.rows), len(b.rows))
+        differ = (a.rows[:rows] != b.rows[:rows]).any(dim=1).nonzero()
+        rows = int(differ[0]) if len(differ) else rows
+        total += rows
+        torch.testing.assert_close(a.log_probs[:rows], b.log_probs[:rows], atol=0.03, rtol=0)
+    assert total > 10 * count  # of 28 each

@@ -1,0 +1,137 @@
+"""The Triton blocks of a decode step against the engine's own, in Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from higgs_lab.engine import Engine, _trial
+from tests.test_decode_attention import run, speech
+from tests.tiny import tiny_talker
+
+SIZES = dict(hidden_size=128, intermediate_size=128, num_attention_heads=4, head_dim=32)
+POSITIONS = (0, 3, 39, 17, 8)
+# rows, rows of the matrix, length of a sum
+CASES = [(1, 100, 256), (5, 130, 1280), (16, 64, 512), (17, 64, 384), (64, 200, 128)]
+
+
+def relative(found, wanted) -> float:
+    found, wanted = found.float(), wanted.float()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def product(case, dtype, device="cpu"):
+    random = torch.Generator(device).manual_seed(0)
+    M, N, K = case
+    shapes = ((M, K), (N, K))
+    return [torch.randn(s, generator=random, device=device).to(dtype) * K**-0.25 for s in shapes]
+
+
+def both(dtype, device="cpu", count=5) -> list[dict]:
+    """Two blocks for rows at different positions, in slots of a larger cache: Triton's, ours."""
+    from higgs_lab.decode_block import decode_blocks
+
+    talker = tiny_talker(scale=6, **SIZES).to(device, dtype)
+    engine, room = Engine(talker), 48
+    random = torch.Generator(device).manual_seed(0)
+    position = torch.tensor(POSITIONS, device=device).repeat(-(-count // 5))[:count]
+    x = torch.randn(count, 128, generator=random, device=device).to(dtype)
+    shape = (2, 2, count + 1, 2, room, 32)  # blocks, keys and values
+    cache = torch.randn(shape, generator=random, device=device).to(dtype)
+    rope, slot = engine.rope(room), torch.arange(count, device=device)
+    cos, sin = rope[0][position, None], rope[1][position, None]
+    at = torch.arange(room, device=device)
+    hidden = torch.zeros(count, room, dtype=dtype, device=device)
+    hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
+    engine.split_kv = False
+    with torch.no_grad():
+        ours = {"x": x.clone(), "cache": cache.clone()}
+        for layer, (keys, values) in zip(engine.layers, ours["cache"], strict=True):
+            q = engine.cached_project(ours["x"], layer, cos, sin, keys, values, slot, position)
+            seen = (keys[:count], values[:count], position + 1, hidden)
+            engine.finish(ours["x"], engine.attend(q, *seen), layer, engine.feed_forward)
+        ours["logits"] = engine.logits(ours["x"])
+        new = {"x": x, "cache": cache}
+        blocks = (engine.layers, engine.norm, engine.eps)
+        found = decode_blocks(x, *blocks, list(cache), rope, position)
+        new["logits"] = engine.logits(found, normed=True)
+    return [new, ours]
+
+
+def interpreted() -> None:
+    """Runs in a process of its own, for Triton must know at its import that it shall interpret."""
+    from higgs_lab.decode_block import gated, linear
+
+    found = {"linear": [], "gated": [], "mates": True, "blocks": []}
+    for case in CASES:
+        x, weight = product(case, torch.float16)
+        parts = linear(x, weight)
+        wanted = x.float() @ weight.float().T
+        found["linear"].append(relative(parts.sum(0), wanted))
+        gate, up = wanted.chunk(2, dim=-1)
+        found["gated"].append(relative(gated(x, weight), F.silu(gate) * up))
+        found["mates"] &= torch.equal(parts[:, -1:], linear(x[-1:], weight))
+    for dtype in (torch.float32, torch.float16):
+        new, ours = both(dtype)
+        found["blocks"].append([relative(new[name], ours[name]) for name in ours])
+    engine = Engine(tiny_talker(scale=6, **SIZES).half())
+    found["trial"] = [_trial(engine)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("higgs_lab.decode_block.gated", lambda x, weight: x[:, :1] + gated(x, weight))
+        found["trial"].append(_trial(engine))
+    found["spoken"] = speech(few_rows=64, **SIZES)[0]
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run("interpreted", "tests.test_decode_block")
+
+
+def test_parts_add_up_to_the_product(found):
+    assert len(found["linear"]) == len(CASES)
+    assert max(found["linear"]) < 1e-6
+
+
+def test_gate_and_up_are_multiplied_where_they_are_summed(found):
+    assert max(found["gated"]) < 5e-4  # rounded once, to fp16
+
+
+def test_a_rows_sums_do_not_depend_on_its_mates(found):
+    assert found["mates"]
+
+
+def test_blocks_are_the_engines(found):
+    fp32, fp16 = found["blocks"]  # rows, caches, logits
+    assert max(fp32) < 1e-5
+    assert max(fp16) < 5e-3
+
+
+def test_a_trial_tells_right_from_wrong(found):
+    right, wrong = found["trial"]
+    assert right < 0.01 and wrong > 0.05
+
+
+def test_speech_is_the_slow_twins(found):
+    assert found["spoken"] == [True] * 3
+
+
+def test_splits_fill_a_gpu_and_no_more():
+    pytest.importorskip("triton")
+    from higgs_lab.decode_block import PROGRAMS, TILE, splits_of
+
+    for rows, length in [(6144, 2560), (2560, 4096), (2560, 9728), (8208, 2560)]:
+        programs = splits_of(rows, length) * -(-rows // TILE)
+        assert 0.7 * PROGRAMS < programs <= PROGRAMS
+    assert splits_of(128, 512) == 2  # of two chunks each
+
+
+def test_sizes_that_do_not_divide_are_left_to_the_engine():
+    pytest.importorskip("triton")
+    from higgs_lab.decode_block import fits
+
+    assert fits(2560, 9728, 32, 128)
+    assert not fits(2560, 9700, 32, 128) and not fits(64, 96, 4, 16)
