@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--speaker", default="nano", help="ECAPA name or folder")
     add("--steps", type=int, default=90, help="optimiser steps")
     add("--tests", type=int, default=NUM_TEST, help="texts of the evaluation")
+    add("--temperature", type=float, default=0.5, help="of all speech that is compared")
     args = parser.parse_args(argv)
     out, began = args.out, time.monotonic()
     train, test = out / "train.jsonl", out / "test.jsonl"
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     judges = ["--asr", args.asr, "--speaker", args.speaker, "--set", str(test)]
     folders = {name: str(out / "eval" / name) for name in ("human", "before", "after", "alone")}
     tool("eval.run", "--model", "human", *judges, "--out", folders["human"])
-    floor = [*judges, "--floor", folders["human"]]
+    floor = [*judges, "--floor", folders["human"], "--sampling", f"temperature={args.temperature}"]
     tool("eval.run", "--model", args.model, *floor, "--out", folders["before"])
     after = ["--model", args.model, "--adapter", str(adapter), *floor, "--out", folders["after"]]
     tool("eval.run", *after)
