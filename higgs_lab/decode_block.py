@@ -61,19 +61,19 @@ def decode_blocks(
     following = [*(layer.norm for layer in layers[1:]), norm]
     with torch.cuda.device_of(x):  # Triton launches on the current one
         h = add_norm(x, None, layers[0].norm, eps)
-        for layer, norm, (keys, values) in zip(layers, following, cache, strict=True):
+        for layer, after, (keys, values) in zip(layers, following, cache, strict=True):
             keys, values = keys[: len(x)], values[: len(x)]
             q = rotate(linear(h, layer.qkv), layer, eps, *rope, position, keys, values)
             attended = decode_attention(q, keys, values, lengths, dependent=x.is_cuda).flatten(1)
             h = add_norm(x, linear(attended, layer.out), layer.mlp_norm, eps)
-            h = add_norm(x, linear(gated(h, layer.gate_up), layer.down), norm, eps)
+            h = add_norm(x, linear(gated(h, layer.gate_up), layer.down), after, eps)
     return h
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K], weight [N, K] -> fp32 parts [S, M, N], whose sum is x weight^T.
 
-    A row is summed in one order, whatever rows there are beside it.
+    K is a multiple of 128. A row is summed in one order, whatever rows there are beside it.
     """
     N, K = weight.shape
     splits = splits_of(N, K)
@@ -82,7 +82,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K], weight [2 F, K], gate above up -> silu(gate) * up [M, F], rounded once."""
+    """x [M, K], weight [2 F, K], gate above up -> silu(gate) * up [M, F], rounded once.
+
+    K is a multiple of 128.
+    """
     out = torch.empty(len(x), len(weight) // 2, dtype=x.dtype, device=x.device)
     return _multiply(x, weight, out, 1, *(GATED if len(x) <= 32 else GATED_MANY))
 

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         f"  adapter         {adapter} (PEFT), its curve in {out / 'run' / 'metrics.jsonl'}\n"
         f"  a wav to hear   {out / 'hello'}\n"
         f"  evaluation      {folders['before']}/report.html and {folders['after']}/report.html\n"
-        f"  side by side    {page}\n"
+        f"  side by side    {page}, all spoken at temperature {args.temperature}\n"
         f"  for the server  {export}: python -m serve.launch {export} --device cpu"
     )
 

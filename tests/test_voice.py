@@ -66,7 +66,7 @@ def test_fine_tuning_keeps_the_words(gains):
     assert gains[0]["error"]["value"] <= 0.03, gains[0]
 
 
-@pytest.mark.xfail(strict=False, reason="by chance two of forty texts may fail")
 def test_fine_tuning_keeps_the_words_without_a_reference(gains):
-    """-1.6, +3.5 and 0 points with three seeds, one adapter: 40 texts tell about 4 points apart."""
-    assert gains[1]["error"]["value"] <= 0.03, gains[1]
+    """-1.6, +3.5 and 0 points by three seeds of speaking: of 40 texts two may fail by chance, so it
+    is the interval that must not lie above the 3 points."""
+    assert gains[1]["error"]["low"] <= 0.03, gains[1]

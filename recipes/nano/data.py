@@ -64,7 +64,6 @@ def make_shard(job: tuple[Path, int, int, str]) -> float:
     for _ in range(VOICES_PER_SHARD):
         index = rng.choice(home if home and rng.random() < 0.2 else voices)
         voice = all_voices()[index].name
-        # Two languages a visit.
         visit = [rng.choices(("en", rng.choice(NUMBER_LANGUAGES)), (0.45, 0.55))[0] for _ in "ab"]
         for language in visit:
             for _ in range(UTTERANCES_PER_VOICE // 2):

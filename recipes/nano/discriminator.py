@@ -2,7 +2,7 @@
 
 Spectral losses alone leave voices hoarse: they say how loud a band is, hardly whether a harmonic is
 a line. Complex spectra in three sizes (EnCodec, arXiv:2210.13438, §3.4) and the wave folded at five
-periods (HiFi-GAN, arXiv:2010.05646, §2.3), both narrower than there. A classifier of the training
+periods (HiFi-GAN, arXiv:2010.05646, §2.3), both narrower than there. A classifier of the family's
 voices beside them knows what makes a voice; it is not the family's speaker encoder, which judges.
 """
 
@@ -72,7 +72,7 @@ class ImageDiscriminator(nn.Module):
 
 
 class VoiceClassifier(nn.Module):
-    """Which training voice a wave [B, n] is of: convolutions over its log-mel spectrum.
+    """Which of the family's voices a wave [B, n] is of: convolutions over its log-mel spectrum.
 
     `forward` gives (logits [B, voices], the output of every layer and the embedding).
     """
@@ -112,7 +112,7 @@ def feature_distance(mine: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Multi-resolution spectra, multiple periods and the voice; wav [B, n] at 24 kHz."""
+    """Several spectra and periods of a wave [B, n] at 24 kHz, beside a classifier of voices."""
 
     def __init__(self, voices: int, width: int = 32):
         super().__init__()

@@ -4,7 +4,8 @@ espeak-ng remembers what it spoke: where the pitch's flutter stands, the count o
 roughness goes by, its gain after a loud sample and the noise of breath all outlive an utterance,
 and no call puts them back. So the library is loaded for every utterance, which takes a millisecond,
 its noise is seeded, and it is unloaded behind it. Nothing of it is left between two calls, so
-processes may be forked at any time; two threads must not speak at once.
+processes may be forked at any time, after `data_folder()` if they shall share it; two threads must
+not speak at once.
 
 The library comes from the `espeakng-loader` wheel, from a folder named by `ESPEAK_NG` (an unpacked
 wheel), or from the system.
@@ -82,9 +83,10 @@ def _load(library: str) -> ctypes.CDLL:
     not unload, this is a copy of it.
     """
     try:
-        ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
+        held = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
     except OSError:
         return ctypes.CDLL(library)
+    ctypes.CDLL(None).dlclose(ctypes.c_void_p(held._handle))  # the look counts as a use
     with tempfile.NamedTemporaryFile(suffix=Path(library).suffix) as copy:
         shutil.copyfile(library, copy.name)
         return ctypes.CDLL(copy.name)
@@ -100,11 +102,12 @@ def _synthesize(text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
             pieces.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
         return 0
 
+    data = str(data_folder().parent).encode()
     lib = _load(library_and_data()[0])
-    hz = lib.espeak_Initialize(_SYNCHRONOUS, 0, str(data_folder().parent).encode(), 0)
-    if hz != ESPEAK_RATE_HZ:
-        raise RuntimeError(f"espeak_Initialize returned {hz}, expected {ESPEAK_RATE_HZ}")
     try:
+        hz = lib.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
+        if hz != ESPEAK_RATE_HZ:
+            raise RuntimeError(f"espeak_Initialize returned {hz}, expected {ESPEAK_RATE_HZ}")
         lib.espeak_SetSynthCallback(receive)
         if lib.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice!r}")
