@@ -163,7 +163,7 @@ def test_bf16_moves_the_table_and_writes_it_whole(prepared, nano, tmp_path, chan
     metrics = run(
         prepared, out, precision="bf16", steps=3, valid_every=0, sample_every=3, **changes
     )
-    assert abs(curve(metrics, "loss")[0] - loss_before(nano)) < 0.5
+    assert abs(curve(metrics, "loss")[0] - loss_before(nano)) < 0.1
     old = load_talker(nano).codebooks.weight
     if "method" in changes:
         new = load_talker(out / "model").codebooks.weight
@@ -191,7 +191,7 @@ def test_qlora_trains_an_adapter_for_the_unquantised_base(prepared, nano, tmp_pa
     assert 0.01 < error < 0.15  # four bits: near, but not the same
     metrics = run(prepared, tmp_path / "run", method="qlora", steps=4, valid_every=0)
     loss = curve(metrics, "loss")
-    assert abs(loss[0] - loss_before(nano)) < 0.5 and loss[-1] < loss[0]
+    assert abs(loss[0] - loss_before(nano)) < 0.1 and loss[-1] < loss[0]
     vocab = Vocab.from_pretrained(nano)
     loaded = load_adapter(load_talker(nano, dtype=torch.float32), tmp_path / "run", base=nano)
     assert adapter_effect(loaded, render_prompt(vocab, "Hello.")) > 0

@@ -21,7 +21,7 @@ def test_waves_are_those_of_the_codes_and_codes_those_of_generate(nano):
     settings = [Sampling(seed=i, max_frames=n) for i, n in enumerate((20, 9, 14, 11))]
     spoken = list(speak_each(talker, codec, prompts, settings, max_batch=2, decode_together=3))
     assert sorted(index for index, _, _ in spoken) == [0, 1, 2, 3]
-    wanted = generate(talker, prompts, settings)
+    wanted = generate(talker, prompts, settings, max_batch=2)  # as many mates round alike
     for index, made, wave in spoken:
         assert torch.equal(made.codes, wanted[index].codes)
         np.testing.assert_allclose(wave, codec.decode(made.codes), atol=2e-5)

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
-from higgs_lab.batches import pack
+from higgs_lab.batches import PackedLoader, pack
 from higgs_lab.checkpoint import load_talker
 from higgs_lab.codec import Codec
 from higgs_lab.prepared import save_prepared
@@ -38,13 +38,16 @@ def random_data(path: Path, nano: Path) -> Path:
 
 @torch.no_grad()
 def loss_before(nano: Path) -> float:
-    """Of nano itself in fp32, on what a run shows it in the first epoch: there a run must begin.
+    """Of nano itself in fp32, on what a run shows it in its first step: there a run must begin.
     Far above chance, as nano is sure of its words and these codes are random."""
     config = TrainConfig(data="", out="", **SMALL)
     modes = Modes(config.clone_share, config.clone_text_share)
     options = dict(seed=config.seed, budget_positions=config.budget_positions)
     data = TrainingSet(prepared_rows(14), Vocab.from_pretrained(nano), modes, **options)
-    batch = pack([data.build(i, 0) for i in range(14)])
+    steps = dict(seed=config.seed, packs_per_step=config.packs_per_step)
+    loader = PackedLoader(data.lengths, data.build, config.budget_positions, **steps)
+    first = loader.epoch_packs(0)[: config.packs_per_step]
+    batch = pack([data.build(i, 0) for part in first for i in part])
     talker = load_talker(nano, dtype=torch.float32)
     sums = talker(**batch.inputs(), targets=batch.targets(torch.ones(8))).sums
     return sums.means()["loss"]
