@@ -1,13 +1,11 @@
 """espeak-ng as a baseline system, in a process of its own.
 
-The library crashes on some texts, and hangs for ever when it is initialised where somebody else in
-the process has done so already; hence the worker: `python -m eval.espeak` reads JSONL of text,
+The library crashes on some texts; hence the worker: `python -m eval.espeak` reads JSONL of text,
 voice and path and writes wavs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import json
 import subprocess
@@ -20,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from eval.languages import language
+from higgs_lab.espeak import RATE_HZ, synthesize
 from higgs_lab.tags import strip_tags
-
-RATE_HZ = 22050
 
 
 def version() -> str:
@@ -97,42 +94,13 @@ def main() -> None:
 
     from higgs_lab.audio import write_wav
 
-    data = str(Path(espeakng_loader.get_data_path()).parent)
+    library, data = espeakng_loader.get_library_path(), Path(espeakng_loader.get_data_path()).parent
     for line in sys.stdin:
         job = json.loads(line)
-        samples = _samples(job["text"], job["voice"], espeakng_loader.get_library_path(), data)
+        samples = synthesize(job["text"], job["voice"], library, data)
         if len(samples):
             write_wav(job["path"], samples.astype(np.float32) / 32768, RATE_HZ)
         print(job["path"], flush=True)
-
-
-def _samples(text: str, voice: str, library_path: str, data: str) -> np.ndarray:
-    """int16 [n] at RATE_HZ, the same whatever the batch holds.
-
-    The flutter of the pitch, gain and noise go on from one utterance to the next and no call puts
-    them back, so each has the library to itself.
-    """
-    library, pieces = ctypes.CDLL(library_path), []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def receive(samples, count, _events) -> int:
-        if samples and count > 0:
-            pieces.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
-        return 0
-
-    rate = library.espeak_Initialize(2, 0, data.encode(), 0)  # 2: synchronous
-    if rate != RATE_HZ:
-        raise RuntimeError(f"espeak_Initialize returned {rate}, expected {RATE_HZ}")
-    library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # seeded with the time otherwise
-    library.espeak_SetSynthCallback(receive)
-    if library.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise RuntimeError(f"espeak-ng has no voice {voice!r}")
-    raw = text.encode() + b"\0"
-    library.espeak_Synth(raw, len(raw), 0, 1, 0, 1, None, None)  # characters; UTF-8
-    library.espeak_Synchronize()
-    library.espeak_Terminate()
-    ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from higgs_lab.espeak import RATE_HZ
 from recipes.nano.data import (
     NOISE_FLOOR,
     TAGS,
@@ -22,7 +23,7 @@ from recipes.nano.data import (
     make_shards,
     speak_tagged,
 )
-from recipes.nano.espeak import ESPEAK_RATE_HZ, speak
+from recipes.nano.espeak import speak
 from recipes.nano.texts import LANGUAGES, NUMBER, draw_text, split_of
 from recipes.nano.voices import DEMO_VOICE, GENUINE, HELD_OUT_GENUINE, all_voices, made_variant
 from tests.conftest import ROOT
@@ -149,7 +150,7 @@ def test_a_clip_is_the_same_beside_anothers_engine():
     other = ctypes.CDLL(loader.get_library_path())
     try:
         folder = str(Path(loader.get_data_path()).parent).encode()
-        assert other.espeak_Initialize(2, 0, folder, 0) == ESPEAK_RATE_HZ
+        assert other.espeak_Initialize(2, 0, folder, 0) == RATE_HZ
         assert np.array_equal(speak(*CLIPS[0]), before)
         assert np.array_equal(speak(*CLIPS[0]), before)
     finally:

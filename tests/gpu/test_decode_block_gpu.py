@@ -8,7 +8,7 @@ import torch
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate
 from tests.test_decode_block import CASES, SIZES, both, product, relative
-from tests.test_decoding import ragged
+from tests.test_decoding import assert_near, ragged
 from tests.tiny import tiny_talker
 
 pytestmark = [
@@ -29,7 +29,7 @@ def asked_for(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [*CASES, *((m, *s) for m in (1, 16, 64) for s in SHAPES_4B)])
 def test_products_are_recorded_and_right(case, dtype):
-    """Two after each other in one recording: the second must wait for the first's end."""
+    """Two in one recording, sums between them."""
     from higgs_lab.decode_block import linear
 
     x, weight = product(case, dtype, "cuda")
@@ -88,11 +88,4 @@ def test_log_probs_are_those_of_the_engines_blocks(count, monkeypatch):
     monkeypatch.setattr("higgs_lab.engine._few_rows", lambda engine: 0)
     talker.load_state_dict({k: v.clone() for k, v in talker.state_dict().items()}, assign=True)
     plain = generate(talker, prompts, setting, log_probs=True)
-    total = 0
-    for a, b in zip(made, plain, strict=True):
-        rows = min(len(a.rows), len(b.rows))
-        differ = (a.rows[:rows] != b.rows[:rows]).any(dim=1).nonzero()
-        rows = int(differ[0]) if len(differ) else rows
-        total += rows
-        torch.testing.assert_close(a.log_probs[:rows], b.log_probs[:rows], atol=0.03, rtol=0)
-    assert total > 10 * count  # of 28 each
+    assert_near(made, plain, atol=0.03)
