@@ -1,14 +1,16 @@
 """Many requests at once: slots of a static cache, filled anew when they are done.
 
-Nothing in a step of the slots waits for the GPU; the host looks at them every few steps, takes what
-has ended, and lets waiting prompts in: on a GPU once enough slots have idled to pay for the pass.
-Half of the next steps are queued before it does, so that the GPU has work meanwhile.
+The host never waits for the steps that it has just queued. After codebook 0's EOC a request has at
+least K - 2 rows to come, and its cap is known from the start: so where the slots stood some steps
+ago tells which of them are over by the end of the steps queued since. Those are taken out, and
+waiting prompts let in, while the device is still busy with these steps.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,10 +22,28 @@ from higgs_lab.slots import Request, Slots
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # recorded batch sizes
 LENGTHS = (256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)  # and cache lengths
-STEPS_PER_LOOK = 8  # on a GPU: how often the host looks; a slot that has ended idles so long
-ADMIT_STEPS = 2  # of all slots: what a pass over prompts costs at least beside their own products
+STEPS = 4  # queued at a time on a GPU; of 8 codebooks: up to 6, ends are in sight in time
+ADMIT_STEPS = 0.5  # of all slots: what a pass over prompts costs at least beside their own products
 PREFILL_POSITIONS = 8192  # of one packed pass over new prompts
 MEMORY_SHARE = 0.8  # of the free memory, for the cache
+
+
+@dataclass
+class Running:
+    """A request in a slot, as far as the host knows."""
+
+    request: Request
+    ends: int  # rows after which it is over: at most, and exactly once its end is in sight
+    rows: int = 0  # queued
+
+    @property
+    def left(self) -> int:
+        return self.ends - self.rows
+
+    @property
+    def reached(self) -> int:
+        """Positions that the next row sees."""
+        return len(self.request.prompt) + self.rows
 
 
 class Decoder:
@@ -40,50 +60,53 @@ class Decoder:
         compile: bool = False,
         graphs: bool | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """(index, result) of each request as it ends; those that may last longest begin first.
+        """(index, result) of each request as it ends; those of the most rows begin first.
 
-        graphs: fixed sizes, looked at every few steps, recorded; none: on a GPU.
+        graphs: fixed sizes, several steps at a time, recorded; none: on a GPU.
         """
-        waiting = deque(sorted(requests, key=lambda r: -r.positions))
+        waiting = deque(sorted(requests, key=lambda r: -r.rows))  # so that few are left at the end
         if graphs is None:
             graphs = self.engine.device.type == "cuda"
-        look = STEPS_PER_LOOK if graphs else 1
-        slots = self._slots(list(waiting), max_batch, look, log_probs, graphs)
+        most = STEPS if graphs else 1
+        slots = self._slots(list(waiting), max_batch, most, log_probs, graphs)
         modes = tuple(sorted({r.sampling.mode for r in requests}))
         flags = (modes, any(not r.sampling.greedy for r in requests), compile)
         limit = min(slots.size, max_batch or slots.size)
         # one slot has compiled functions of its own, which the last of many is not worth
         several = len(requests) > 1 and limit > 1
         least = 2 if compile and several else 1
-        busy: dict[int, Request] = {}
-        reached: dict[int, int] = {}  # positions in the cache, at most
+        busy: dict[int, Running] = {}
         idle = 0  # steps of slots that waited for a prompt, since the last pass over prompts
-        queued = 0  # steps of this look that were queued before the prompts
+        look: Callable[[], None] | None = None
+        done: Iterator[tuple[int, Generation]] = iter(())
         try:
             while waiting or busy:
                 # every pass reads all weights, for one prompt as for many: let as much be lost by
                 # idle slots first
                 if waiting and (not graphs or not busy or idle >= ADMIT_STEPS * limit):
-                    self._admit(waiting, busy, reached, limit, look, graphs, compile and several)
+                    self._admit(waiting, busy, limit, most, graphs, compile and several)
                     idle = 0
-                size = self._compact(busy, reached, graphs, least)
-                self._step(look - queued, size, reached, graphs, flags)
-                done = self._look(busy, reached, size)
-                idle += look * (limit - len(busy))
-                # for the device, while results are handed out and prompts laid out here
-                queued = look // 2 if busy else 0
-                self._step(queued, size, reached, graphs, flags)
+                size = self._compact(busy, graphs, least)
+                steps = min(most, max(one.left for one in busy.values()))
+                self._step(steps, size, busy, graphs, flags)
+                before, look = look, self._look(busy, size)
                 yield from done
+                if before is not None:
+                    before()
+                over = [slot for slot, one in sorted(busy.items()) if one.left <= 0]
+                idle += steps * (limit - len(busy)) - sum(busy[slot].left for slot in over)
+                done = self._take(busy, over)
+            yield from done
         finally:
             if busy:  # the caller left early: nothing may stay active
                 slots.release(list(busy))
 
     def _slots(
-        self, waiting: list[Request], max_batch, look: int, log_probs: bool, graphs: bool
+        self, waiting: list[Request], max_batch, steps: int, log_probs: bool, graphs: bool
     ) -> Slots:
         """Slots that fit, those of the last call where they do."""
         rows = max(r.rows for r in waiting)
-        needed = waiting[0].positions + look + 1
+        needed = max(r.positions for r in waiting) + steps + 1
         wanted = min(len(waiting), max_batch or (256 if self.engine.device.type == "cuda" else 32))
         old = self.slots
         if (
@@ -96,14 +119,12 @@ class Decoder:
             return old
         self.slots = None  # frees the old cache first
         size = max(1, min(wanted, _fitting(self.engine, needed)))
-        begin = max(len(r.prompt) for r in waiting) + look + 1
+        begin = max(len(r.prompt) for r in waiting) + steps + 1
         length = _at_least(begin, LENGTHS) if graphs else begin
         self.slots = Slots(self.engine, size, length, rows, log_probs)
         return self.slots
 
-    def _admit(
-        self, waiting, busy, reached, limit: int, look: int, graphs: bool, compile: bool
-    ) -> None:
+    def _admit(self, waiting, busy, limit: int, steps: int, graphs: bool, compile: bool) -> None:
         free = [s for s in range(limit) if s not in busy]
         while waiting and free:
             part: list[Request] = []
@@ -114,10 +135,10 @@ class Decoder:
                     break
                 part.append(waiting.popleft())
             taken, free = free[: len(part)], free[len(part) :]
-            self._reserve(max(len(r.prompt) for r in part) + look + 1, graphs)
+            self._reserve(max(len(r.prompt) for r in part) + steps + 1, graphs)
             self.slots.admit(taken, part, compile)
             for slot, request in zip(taken, part, strict=True):
-                busy[slot], reached[slot] = request, len(request.prompt)
+                busy[slot] = Running(request, request.rows)
 
     def _reserve(self, length: int, graphs: bool) -> None:
         slots = self.slots
@@ -125,7 +146,7 @@ class Decoder:
             more = max(length, slots.length * 3 // 2)
             slots.grow(_at_least(length, LENGTHS) if graphs else more)
 
-    def _compact(self, busy, reached, graphs: bool, least: int) -> int:
+    def _compact(self, busy, graphs: bool, least: int) -> int:
         """The number of slots to step, the busy ones moved to the front where that saves a size."""
         top = max(busy) + 1
         size = max(least, _at_least(len(busy), SIZES) if graphs else len(busy))
@@ -135,16 +156,14 @@ class Decoder:
         movers = sorted(s for s in busy if s >= len(busy))
         self.slots.move(movers, holes)
         for source, target in zip(movers, holes, strict=True):
-            busy[target], reached[target] = busy.pop(source), reached.pop(source)
+            busy[target] = busy.pop(source)
         return min(size, self.slots.size)
 
     def _step(
-        self, steps: int, size: int, reached: dict[int, int], graphs: bool, flags: tuple
+        self, steps: int, size: int, busy: dict[int, Running], graphs: bool, flags: tuple
     ) -> None:
         """Queue so many steps of the first slots."""
-        if not steps:
-            return
-        slots, longest = self.slots, max(reached.values())
+        slots, longest = self.slots, max(one.reached for one in busy.values())
         self._reserve(longest + steps + 1, graphs)
         length = longest + steps - 1
         if self.engine.split_kv:  # reads what each slot has: one recording a batch size
@@ -156,52 +175,62 @@ class Decoder:
                 slots.replay(size, length, *flags)
             else:
                 slots.step_once(size, length, *flags, exact=size == 1)
-        for slot in reached:
-            reached[slot] += steps
+        for one in busy.values():
+            one.rows += steps
 
-    def _look(self, busy, reached, size: int) -> Iterator[tuple[int, Generation]]:
-        """Look at the slots: the one place where the host waits for all that is queued.
+    def _look(self, busy: dict[int, Running], size: int) -> Callable[[], None]:
+        """Queue a look at the slots behind the steps so far.
 
-        Frees those that have ended. Their results are copied to the host before any later step may
-        overwrite them, and built when they are asked for.
+        Called, it waits for those alone and notes the ends that are in sight.
         """
-        slots = self.slots
-        names = ("active", "position", "step", "ended")
-        seen = torch.stack([getattr(slots, n)[:size].long() for n in names]).cpu()
-        active, position, step, ended = seen.tolist()
-        over = [s for s in sorted(busy) if not active[s]]
-        for s in busy:
-            reached[s] = position[s] + 1
+        copies = _fetch([self.slots.to_come(size)])
+        then = [(slot, one, one.rows) for slot, one in busy.items()]
+
+        def note() -> None:
+            to_come = copies()[0].tolist()
+            for slot, one, rows in then:
+                if to_come[slot] >= 0:
+                    one.ends = min(one.ends, rows + to_come[slot])
+
+        return note
+
+    def _take(self, busy: dict[int, Running], over: list[int]) -> Iterator[tuple[int, Generation]]:
+        """Free slots that are over once the queued steps are done; their results.
+
+        Those are copied to the host before any later step may overwrite them, and waited for when
+        they are asked for.
+        """
         if not over:
             return iter(())
-        index = self.engine.send(over)
-        most = max(step[s] for s in over)
-        buffers = [slots.out] if slots.chances is None else [slots.out, slots.chances]
-        copies = _fetch([buffer[index, :most] for buffer in buffers])
+        slots, index = self.slots, self.engine.send(over)
+        done = [busy.pop(slot) for slot in over]
+        most = max(one.ends for one in done)
+        wanted = [slots.step[index], slots.ended[index], slots.out[index, :most]]
+        if slots.chances is not None:
+            wanted.append(slots.chances[index, :most])
+        copies = _fetch(wanted)
         slots.release(over)
-        done = [(busy.pop(s), step[s], bool(ended[s])) for s in over]
-        for s in over:
-            del reached[s]
-        return _results(done, copies)
+        return _results([one.request for one in done], copies)
 
 
 def _results(
-    done: list[tuple[Request, int, bool]], copies: Callable[[], list[Tensor]]
+    requests: list[Request], copies: Callable[[], list[Tensor]]
 ) -> Iterator[tuple[int, Generation]]:
-    """(index, result) of requests that have ended, of each its number of rows and whether by EOC.
+    """(index, result) of requests that are over.
 
-    copies: gives their rows, and log-probabilities where wanted, [len(done), at least so many, K].
+    copies: gives of each its number of rows, whether it ended by EOC, its rows [at least so many,
+    K], and where wanted their log-probabilities.
     """
-    rows, *chances = copies()
-    for i, (request, count, ended) in enumerate(done):
-        mine = rows[i, :count].long()
+    counts, ended, rows, *chances = copies()
+    for i, request in enumerate(requests):
+        mine = rows[i, : counts[i]].long()
         yield (
             request.index,
             Generation(
                 codes=codes_from_rows(mine, request.sampling.mode),
                 rows=mine,
-                stop_reason="eoc" if ended else "max_frames",
-                log_probs=chances[0][i, :count].clone() if chances else None,
+                stop_reason="eoc" if ended[i] else "max_frames",
+                log_probs=chances[0][i, : counts[i]].clone() if chances else None,
             ),
         )
 

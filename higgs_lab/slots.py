@@ -120,6 +120,10 @@ class Slots:
         self.active.index_fill_(0, index, False)
         self.position.index_fill_(0, index, 0)
 
+    def to_come(self, size: int) -> Tensor:
+        """[size] rows until a slot's end by EOC; -1: none in sight, 0: it is over."""
+        return self.state.countdown[:size].masked_fill(~self.active[:size], 0)
+
     def admit(self, slots: list[int], requests: list[Request], compile: bool = False) -> None:
         """Put requests into free slots: their prompts into the cache, their settings beside it.
 

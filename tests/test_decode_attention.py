@@ -80,7 +80,7 @@ def speech(few_rows: int = 0, **sizes) -> tuple[list, list]:
     from tests.test_decoding import ragged, same
     from tests.tiny import tiny_talker
 
-    decoding.LENGTHS, decoding.SIZES, decoding.STEPS_PER_LOOK = (32, 48, 96), (1, 2, 4), 4
+    decoding.LENGTHS, decoding.SIZES, decoding.STEPS = (32, 48, 96), (1, 2, 4), 4
     decode_attention.MAX_SPLITS = 2  # the interpreter is slow
     keys = set()
 

@@ -18,6 +18,7 @@ from higgs_lab.generate import Sampling, generate, generate_each, generate_naive
 from higgs_lab.prompt import render_prompt
 from higgs_lab.sampling import RampState, SamplingTensors, next_row
 from higgs_lab.slots import requests_of
+from higgs_lab.vocab import EOC
 from tests.tiny import random_codes, run_one, three_prompts, tiny_talker, tiny_vocab
 
 GREEDY = Sampling(temperature=0.0, max_frames=14)
@@ -78,8 +79,8 @@ def test_a_slot_taken_over_by_the_next_prompt_changes_nothing(talker, slow, max_
 
 
 def test_the_gpu_schedule_gives_the_same(talker, monkeypatch):
-    """Looks every 8 steps, idle slots, masked cache lengths, fixed sizes, growth, moves: all that a
-    GPU does but the recording itself."""
+    """Several steps at a time, idle slots, masked cache lengths, fixed sizes, growth, moves: all
+    that a GPU does but the recording itself."""
     steps = []
 
     def replay(self, *key):
@@ -130,10 +131,10 @@ def test_a_gpu_has_steps_queued_while_the_host_is_busy(talker, slow, monkeypatch
     def noted(what, function):
         return lambda *args: happened.append(what) or function(*args)
 
+    look = noted("l", Decoder._look)
     monkeypatch.setattr(decoding.Slots, "replay", noted("s", decoding.Slots.step_once))
     monkeypatch.setattr(decoding.Slots, "admit", noted("a", decoding.Slots.admit))
-    monkeypatch.setattr(Decoder, "_look", noted("l", Decoder._look))
-    monkeypatch.setattr(decoding, "ADMIT_STEPS", 1)
+    monkeypatch.setattr(Decoder, "_look", lambda *args: noted("w", look(*args)))
     decoder = Decoder(Engine(talker))
 
     def run():
@@ -145,15 +146,46 @@ def test_a_gpu_has_steps_queued_while_the_host_is_busy(talker, slow, monkeypatch
         for i, one in run():
             assert same(one, slow[i])
         order = "".join(happened)
-        # where a slot is busy, half of the steps come before results and prompts
-        assert re.fullmatch("(a+s{8}l(s{4}r*a*s{4}l)*r+)+", order) and "sr" in order
-        assert order.count("r") == 9 and "sa" in order.replace("r", "")
+        # a look is waited for, and results are handed out, behind the steps that come after
+        assert re.fullmatch("a+s{4}l(a*s{1,4}lr*w)+r+", order), order
+        assert re.search("as+lr+w", order) and order.count("r") == 9
 
         next(early := run())
         early.close()
         assert not decoder.slots.active.any()
         again = dict(run())
     assert all(same(again[i], slow[i]) for i in range(9))
+
+
+@pytest.mark.parametrize("mode, sight", [("vllm", 7), ("sglang", 6)])
+@pytest.mark.parametrize("steps", [3, 4, 6, 11])
+def test_an_end_is_in_sight_before_it_comes(mode, sight, steps, monkeypatch):
+    """A look tells of ends so many rows ahead, and is two parts of steps old when those that it
+    tells of are queued: three at a time, and none is lost."""
+    talker = tiny_talker(scale=6)
+    with torch.no_grad():
+        talker.codebooks.weight[EOC] *= 2
+    monkeypatch.setattr(decoding, "STEPS", steps)
+    taken = []
+
+    def replay(self, *key):
+        taken.append(key[0])
+        self.step_once(*key)
+
+    monkeypatch.setattr(decoding.Slots, "replay", replay)
+    prompts = [three_prompts()[i % 3] for i in range(6)]
+    settings = [Sampling(seed=i, mode=mode, max_frames=40) for i in range(6)]
+    requests, decoder = requests_of(prompts, settings, 8), Decoder(Engine(talker))
+    with torch.no_grad():
+        made = dict(decoder.run(requests, 1, graphs="as on a GPU"))
+        lost = len(taken) - sum(len(one.rows) for one in made.values())
+        together = dict(decoder.run(requests, 4, graphs="as on a GPU"))
+    ended = [one.stop_reason == "eoc" for one in made.values()]
+    assert any(ended) and not all(ended)
+    assert lost <= max(0, 2 * steps - sight) * sum(ended) and (lost > 0 or steps <= 6)
+    for i, prompt in enumerate(prompts):
+        assert same(made[i], generate_naive(talker, prompt, settings[i]))
+        assert same(made[i], together[i])
 
 
 def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypatch):
