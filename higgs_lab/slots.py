@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from higgs_lab.engine import Engine
@@ -50,9 +51,7 @@ class Slots:
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(size, *shape, dtype=dtype, device=device)
 
-        self.first = zeros(engine.table.shape[1], dtype=engine.dtype)  # a prompt's last embedding
-        self.fresh = zeros(dtype=torch.bool)  # that one is next, not a row
-        self.rows = zeros(K)  # fed next
+        self.fed = zeros(engine.table.shape[1], dtype=engine.dtype)  # next: a prompt's end or a row
         self.position, self.step, self.limit = zeros(), zeros(), zeros()
         self.active, self.ended = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
         self.state = RampState.start(size, device)
@@ -97,8 +96,8 @@ class Slots:
         """What a step changes beside the cache and the output."""
         state = self.state
         return [
-            self.fresh, self.rows, self.position, self.step, self.active, self.ended,
-            state.delay, state.countdown, state.done,
+            self.fed, self.position, self.step, self.active, self.ended, state.delay,
+            state.countdown, state.done,
         ]  # fmt: skip
 
     def per_slot(self) -> list[Tensor]:
@@ -106,7 +105,7 @@ class Slots:
         options = self.options
         more = [options.temperature, options.top_k, options.top_p, options.greedy, options.keys]
         extra = [] if self.chances is None else [self.chances]
-        return [*self.small(), self.first, self.limit, self.vllm, self.out, *more, *extra]
+        return [*self.small(), self.limit, self.vllm, self.out, *more, *extra]
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy slots with all they hold; the sources are free afterwards."""
@@ -143,15 +142,14 @@ class Slots:
         if len(body):
             engine.prefill(body, lengths, slots, self.cache, self.rope, compile)
 
-    def _write(self, index: Tensor, requests: list[Request], first: Tensor) -> None:
+    def _write(self, index: Tensor, requests: list[Request], fed: Tensor) -> None:
         engine, state, settings = self.engine, self.state, [r.sampling for r in requests]
         # index_fill_, for a number that is assigned by index is copied to the device, and waits
-        for tensor in (self.fresh, self.active):
-            tensor.index_fill_(0, index, True)
+        self.active.index_fill_(0, index, True)
         for tensor in (self.step, self.ended, state.delay, state.done):
             tensor.index_fill_(0, index, 0)
         state.countdown.index_fill_(0, index, -1)
-        self.first[index] = first
+        self.fed[index] = fed
         self.position[index] = engine.send([len(r.prompt) - 1 for r in requests])
         self.limit[index] = engine.send([r.rows for r in requests])
         self.vllm[index] = engine.send([s.mode == "vllm" for s in settings])
@@ -177,35 +175,27 @@ class Slots:
         """
         engine, part, number = self.engine, slice(0, size), self.number[:size]
         logits = self._logits(size, length, compile, exact)
-        pick = engine.compiled(next_row, size) if compile else next_row
         state = RampState(*(t[part] for t in vars(self.state).values()))
         options = SamplingTensors(*(t[part] for t in vars(self.options).values()))
         mine = self.vllm[part]
         named = {"vllm": mine, "sglang": ~mine}
         named = {mode: named[mode] for mode in modes}
-        at = self.step[part]
+        noted = [self.out[part]] if self.chances is None else [self.out[part], self.chances[part]]
+        own = [self.step, self.limit, self.position, self.active, self.ended, self.fed]
+        own = [number, *(t[part] for t in own)]
+        finish = engine.compiled(take_row, size) if compile else take_row
         if compile:
-            several = (*vars(options).values(), *vars(state).values(), *named.values())
-            engine.any_batch(size, logits, at, *several)
-        row, after, masked = pick(logits, options, state, at, named, draw)
-        self.out[number, at] = row.short()
-        if self.chances is not None:
-            self.chances[number, at] = chosen_log_probs(masked, row, options)
-        active = self.active[part]
-        self.ended[part] |= active & after.done
-        self.step[part] += active
-        active &= ~after.done & (self.step[part] < self.limit[part])  # in place: it is a view
-        self.position[part] += active
-        self.rows[part], self.fresh[part] = row, False
-        for name, value in vars(after).items():
-            getattr(self.state, name)[part] = value
+            several = (*vars(options).values(), *vars(state).values(), *named.values(), *own)
+            engine.any_batch(size, logits, *noted, *several)
+            for tensor in noted:  # as many rows as the longest request of a call
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        finish(logits, options, state, named, draw, noted, *own, engine.table, engine.offsets)
 
     def _logits(self, size: int, length: int, compile: bool, exact: bool) -> Tensor:
         """The blocks of `step_once`, and the head."""
         engine, part = self.engine, slice(0, size)
         position, number = self.position[part], self.number[part]
-        fed = engine.embed_rows(self.rows[part])
-        x = torch.where(self.fresh[part, None], self.first[part], fed)
+        x = self.fed[part]  # overwritten
         if size <= engine.few_rows:
             from higgs_lab.decode_block import decode_blocks
 
@@ -259,6 +249,41 @@ class Slots:
             with torch.cuda.graph(graph, **options):
                 self.step_once(*key)
         return graph
+
+
+def take_row(
+    logits: Tensor,
+    options: SamplingTensors,
+    state: RampState,
+    modes: dict[str, Tensor],
+    draw: bool,
+    noted: list[Tensor],
+    number: Tensor,
+    step: Tensor,
+    limit: Tensor,
+    position: Tensor,
+    active: Tensor,
+    ended: Tensor,
+    fed: Tensor,
+    table: Tensor,
+    offsets: Tensor,
+) -> None:
+    """The end of a step: choose a row from logits [B, K, V] and go on from it, all in place.
+
+    noted: rows [B, S, K], and log-probabilities where wanted. One function, so that compiled it is
+    few kernels: what each of a step's many small ones takes is its start.
+    """
+    row, after, masked = next_row(logits, options, state, step, modes, draw)
+    noted[0][number, step] = row.short()
+    if len(noted) > 1:
+        noted[1][number, step] = chosen_log_probs(masked, row, options)
+    ended |= active & after.done
+    step += active
+    active &= ~after.done & (step < limit)
+    position += active
+    for name, value in vars(after).items():
+        getattr(state, name).copy_(value)
+    fed.copy_(F.embedding(row + offsets, table).sum(dim=-2))
 
 
 def requests_of(
