@@ -120,6 +120,8 @@ class Decoder:
         self.slots = None  # frees the old cache first
         size = max(1, min(wanted, _fitting(self.engine, needed)))
         begin = max(len(r.prompt) for r in waiting) + steps + 1
+        if graphs and _fitting(self.engine, needed) >= 4 * size:
+            begin = needed  # there is room: to grow would be to record anew
         length = _at_least(begin, LENGTHS) if graphs else begin
         self.slots = Slots(self.engine, size, length, rows, log_probs)
         return self.slots

@@ -64,8 +64,9 @@ class Slots:
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        # one for all recordings: cuBLAS keeps a workspace for every stream that it has seen
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # One for all recordings: cuBLAS keeps a workspace for every stream that it has seen. They
+        # keep its priority: the small kernels of a step go before the codec's large ones.
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.grow(length)
 
     def grow(self, length: int) -> None:

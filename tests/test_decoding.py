@@ -84,13 +84,14 @@ def test_the_gpu_schedule_gives_the_same(talker, monkeypatch):
     steps = []
 
     def replay(self, *key):
-        steps.append(key)
+        steps.append((*key[:2], self.length))
         self.step_once(*key)
 
     prompts, settings = ragged(9)
     settings = [replace(s, max_frames=3 + 4 * i) for i, s in enumerate(settings)]
     monkeypatch.setattr(decoding.Slots, "replay", replay)
     monkeypatch.setattr(decoding, "LENGTHS", (32, 48, 64, 96))
+    monkeypatch.setattr(decoding, "_fitting", lambda *_: 4)  # no room to spare: the cache grows
     monkeypatch.setattr(decoding, "SIZES", (1, 2, 4, 8))
     monkeypatch.setattr(decoding, "ADMIT_STEPS", 1)
     engine = Engine(talker)
@@ -104,6 +105,7 @@ def test_the_gpu_schedule_gives_the_same(talker, monkeypatch):
     assert {key[0] for key in steps} > {4}  # it shrank with the work
     assert len({key[1] for key in steps}) > 1  # and grew with the texts
     assert all(key[1] in decoding.LENGTHS for key in steps)
+    assert len({key[2] for key in steps}) > 1  # and the cache with them
 
 
 def test_a_gpu_lets_prompts_in_by_the_handful(talker, monkeypatch):

@@ -26,8 +26,9 @@ def test_steps_give_the_slow_twins_speech(compile, count):
 
 
 @pytest.mark.gpu
-def test_a_cache_that_grows_is_recorded_anew():
+def test_a_cache_that_grows_is_recorded_anew(monkeypatch):
     """Past 256 positions, and again past 384: old recordings know old addresses."""
+    monkeypatch.setattr("higgs_lab.decoding._fitting", lambda *_: 2)  # or it would not need to
     talker = tiny_talker(scale=6).to(DEVICE)
     prompts, _ = ragged(2)
     settings = [Sampling(seed=i, max_frames=400) for i in range(2)]
