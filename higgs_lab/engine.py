@@ -67,14 +67,13 @@ class Engine:
         if type(talker) is not Talker or torch.is_autocast_enabled(talker.device.type):
             return False
         config = talker.config
-        weights = {type(p) for p in talker.parameters()} | {
-            type(p.data) for p in talker.parameters()
-        }
+        parameters = list(talker.parameters())
+        weights = {type(p) for p in parameters} | {type(p.data) for p in parameters}
         return (
             all(type(m) is nn.Linear for m in talker.modules() if hasattr(m, "in_features"))
             and weights <= {nn.Parameter, Tensor}
             and type(talker.model.embed_tokens) is nn.Embedding
-            and len({p.dtype for p in talker.parameters()}) == 1
+            and len({p.dtype for p in parameters}) == 1
             and talker.dtype.is_floating_point
             and not config.attention_bias
             and config.hidden_act == "silu"

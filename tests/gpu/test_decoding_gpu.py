@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from higgs_lab.decoding import Decoder, Running
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_naive
 from higgs_lab.slots import Slots, requests_of
@@ -41,19 +42,28 @@ def test_a_cache_that_grows_is_recorded_anew(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU waits for itself")
 @pytest.mark.parametrize("compile", [False, True])
-def test_prompts_are_let_in_without_waiting_for_the_gpu(compile):
+def test_prompts_are_let_in_and_results_taken_without_waiting_for_the_gpu(compile):
     """Its steps go on meanwhile: nothing may wait, such as a copy of memory that is not pinned."""
     engine = Engine(tiny_talker().to(DEVICE, torch.bfloat16))
     slots, requests = Slots(engine, 4, 256, 32, False), requests_of(*ragged(3), 8)
+    decoder = Decoder(engine)
+    decoder.slots = slots
     try:
         for mode in ("default", "error"):  # at first kernels are tried and compiled
             torch.cuda.set_sync_debug_mode(mode)
             with torch.no_grad():
                 slots.admit([0, 2, 3], requests, compile)
                 slots.move([3], [1])
-                slots.release([0])
+                busy = {
+                    slot: Running(request, 5)
+                    for slot, request in zip((0, 2, 1), requests, strict=True)
+                }
+                look = decoder._look(busy, 3)
+                results = decoder._take(busy, [0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    look()
+    assert [one.left for one in busy.values()] == [5, 5] and len(list(results)) == 1
     assert slots.active.tolist() == [False, True, True, False]
 
 
