@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from higgs_lab.attention import Documents, attention_kind
+from higgs_lab.attention import Documents
 from higgs_lab.talker import Talker
 
 
@@ -198,23 +198,15 @@ class Engine:
         return out.reshape(B, -1)
 
     def prefill(
-        self, x: Tensor, lengths: Sequence[int], slots: Sequence[int],
+        self, x: Tensor, slot: Tensor, position: Tensor, documents: Documents,
         cache: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], compile: bool,
     ) -> None:  # fmt: skip
-        """Fill the caches of slots from documents of such lengths, packed: x [N, D], overwritten.
+        """Fill caches from documents packed end to end: x [N, D], overwritten.
 
-        What follows the last block's keys and values is left out, for nobody reads it. compile: for
-        any N, caches of several slots. Nothing here waits for the device.
+        slot, position: [N] where keys and values go. What follows the last block's keys and
+        values is left out, for nobody reads it. compile: for any N, caches of several slots.
+        Nothing here waits for the device.
         """
-        # numpy's, for torch's threads wait for each other over so little
-        bounds = np.cumsum([0, *lengths])
-        slot = self.send(np.repeat(slots, lengths))
-        position = self.send(np.arange(len(x)) - np.repeat(bounds[:-1], lengths))
-        kind = attention_kind("auto", self.device, self.dtype)
-        ends = torch.as_tensor(bounds, dtype=torch.int32)
-        if kind != "split":  # which reads them on the host
-            ends = self.send(ends)
-        documents = Documents.of(kind, ends, max(lengths), len(x))
         cos, sin = rope[0][position, None], rope[1][position, None]
         project, between = self.packed_project, self.feed_forward
         if compile and len(x) > 1:

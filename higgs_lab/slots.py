@@ -7,13 +7,15 @@ of a prompt goes through the step like any row, so there is one place where rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from higgs_lab.attention import Documents, attention_kind
 from higgs_lab.engine import Engine
 from higgs_lab.prompt import Prompt
 from higgs_lab.sampling import (
@@ -24,6 +26,10 @@ from higgs_lab.sampling import (
     max_rows,
     next_row,
 )
+
+# positions of a recorded pass over prompts; the host keeps up with longer ones
+PASSES = (64, 128, 192, 256, 384, 512, 768)
+PASS_PROMPTS = 8  # of a recorded pass, at most
 
 
 @dataclass
@@ -64,6 +70,20 @@ class Slots:
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.attention = attention_kind("auto", device, engine.dtype)
+        self.records_passes = (
+            self.attention == "varlen"
+        )  # a pass of any kind else waits for its ends
+        self.passes: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.packed = tuple(
+            torch.zeros(*shape, dtype=dtype, device=device)
+            for shape, dtype in [
+                ((PASSES[-1], engine.table.shape[1]), engine.dtype),
+                ((PASSES[-1],), torch.long),  # slots
+                ((PASSES[-1],), torch.long),  # positions
+                ((PASS_PROMPTS + 2,), torch.int32),  # where prompts begin, and where all end
+            ]
+        )
         # One for all recordings: cuBLAS keeps a workspace for every stream that it has seen. They
         # keep its priority: the small kernels of a step go before the codec's large ones.
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -76,6 +96,7 @@ class Slots:
         engine = self.engine
         shape = (self.size, engine.kv_heads, length, engine.head_dim)
         self.graphs.clear()  # they know the old addresses
+        self.passes.clear()
         # a pool whose last graph is gone may not be recorded into again
         self.pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
         for i in range(len(engine.layers)):
@@ -141,7 +162,52 @@ class Slots:
         body, last = x.split([sum(lengths), len(prompts)])
         self._write(engine.send(slots), requests, last)
         if len(body):
-            engine.prefill(body, lengths, slots, self.cache, self.rope, compile)
+            self._fill(body, lengths, slots, compile)
+
+    def _fill(self, x: Tensor, lengths: list[int], slots: list[int], compile: bool) -> None:
+        """The caches of slots from prompts of such lengths, packed end to end: x [N, D]."""
+        engine = self.engine
+        # numpy's, for torch's threads wait for each other over so little
+        ends = np.cumsum([0, *lengths])
+        slot = np.repeat(slots, lengths)
+        position = np.arange(len(x)) - np.repeat(ends[:-1], lengths)
+        room = next((n for n in PASSES if n >= len(x)), None)
+        if self.records_passes and room is not None and len(lengths) <= PASS_PROMPTS:
+            # What fills it up is a document, too. Its keys and values go where a prompt's last
+            # position stands, whose own come with the first step.
+            rest = room - len(x)
+            slot = np.append(slot, [slots[0]] * rest)
+            position = np.append(position, [lengths[0]] * rest)
+            ends = np.append(ends, [room] * (PASS_PROMPTS + 2 - len(ends)))
+            rows = F.pad(x, (0, 0, 0, rest))
+            for buffer, values in zip(self.packed, (rows, slot, position, ends), strict=True):
+                values = values if isinstance(values, Tensor) else engine.send(values)
+                buffer[: len(values)] = values
+            self._replay_pass(room, compile)
+            return
+        ends = torch.as_tensor(ends, dtype=torch.int32)
+        if self.attention != "split":  # which reads them on the host
+            ends = engine.send(ends)
+        documents = Documents.of(self.attention, ends, max(lengths), len(x))
+        slot, position = engine.send(slot), engine.send(position)
+        engine.prefill(x, slot, position, documents, self.cache, self.rope, compile)
+
+    def _pass(self, room: int, compile: bool) -> None:
+        """A pass over what lies in `packed`."""
+        *parts, ends = self.packed
+        x, slot, position = (part[:room] for part in parts)
+        documents = Documents.of(self.attention, ends, room, room)
+        self.engine.prefill(x, slot, position, documents, self.cache, self.rope, compile)
+
+    def _replay_pass(self, *key) -> None:
+        """`_pass`, the first time as it is, which loads its kernels, then as a CUDA graph."""
+        if key not in self.passes:
+            self.passes[key] = None
+            self._pass(*key)
+            return
+        if self.passes[key] is None:
+            self.passes[key] = self._capture(self._pass, key)
+        self.passes[key].replay()
 
     def _write(self, index: Tensor, requests: list[Request], fed: Tensor) -> None:
         engine, state, settings = self.engine, self.state, [r.sampling for r in requests]
@@ -236,7 +302,7 @@ class Slots:
         the cache and the output stands at the very places that the next real step writes.
         """
         saved = [t.clone() for t in self.small()]
-        side, graph = self.stream, torch.cuda.CUDAGraph()
+        side = self.stream
         with torch.cuda.device(self.engine.device):  # which need not be the first
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -245,10 +311,14 @@ class Slots:
                     for tensor, value in zip(self.small(), saved, strict=True):
                         tensor.copy_(value)
             torch.cuda.current_stream().wait_stream(side)
-            # thread_local: a codec in another thread may allocate meanwhile
-            options = dict(pool=self.pool, stream=side, capture_error_mode="thread_local")
-            with torch.cuda.graph(graph, **options):
-                self.step_once(*key)
+        return self._capture(self.step_once, key)
+
+    def _capture(self, function: Callable, arguments: tuple) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a codec in another thread may allocate meanwhile
+        options = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.engine.device), torch.cuda.graph(graph, **options):
+            function(*arguments)
         return graph
 
 

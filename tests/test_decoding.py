@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from higgs_lab import decoding
+from higgs_lab import decoding, slots
 from higgs_lab import generate as generating
 from higgs_lab.adapter import attach_lora
 from higgs_lab.decoding import Decoder
@@ -188,6 +188,27 @@ def test_an_end_is_in_sight_before_it_comes(mode, sight, steps, monkeypatch):
     for i, prompt in enumerate(prompts):
         assert same(made[i], generate_naive(talker, prompt, settings[i]))
         assert same(made[i], together[i])
+
+
+def test_short_passes_over_prompts_are_filled_up_for_recording(talker, slow, monkeypatch):
+    """All that a GPU does but the recording itself: what fills a pass up changes nothing."""
+    rooms = []
+
+    def replay(self, room, compile):
+        rooms.append(room)
+        self._pass(room, compile)
+
+    monkeypatch.setattr(decoding.Slots, "_replay_pass", replay)
+    monkeypatch.setattr(slots, "PASSES", (16, 48, 128))
+    monkeypatch.setattr(slots, "PASS_PROMPTS", 3)
+    decoder = Decoder(Engine(talker))
+    requests = requests_of(*ragged(9), 8)
+    with torch.no_grad():
+        for limit in (1, 2, 5):  # five at once are too many to be recorded
+            decoder._slots(requests, limit, 4, False, True).records_passes = True
+            made = dict(decoder.run(requests, limit, graphs=None))
+            assert all(same(made[i], slow[i]) for i in range(9))
+    assert {16, 48} <= set(rooms) and len(rooms) > 9
 
 
 def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypatch):

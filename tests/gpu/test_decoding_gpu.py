@@ -9,7 +9,7 @@ from higgs_lab.decoding import Decoder, Running
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_naive
 from higgs_lab.slots import Slots, requests_of
-from tests.test_decoding import ragged, same
+from tests.test_decoding import assert_near, ragged, same
 from tests.tiny import tiny_talker
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +65,24 @@ def test_prompts_are_let_in_and_results_taken_without_waiting_for_the_gpu(compil
     look()
     assert [one.left for one in busy.values()] == [5, 5] and len(list(results)) == 1
     assert slots.active.tolist() == [False, True, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU records nothing")
+@pytest.mark.parametrize("compile", [False, True])
+def test_recorded_passes_over_prompts_give_the_same(compile):
+    talker = tiny_talker(scale=6).to(DEVICE).half()
+    prompts, _ = ragged(6)
+    requests = requests_of(prompts, [Sampling(temperature=0.0, max_frames=20)] * 6, 8)
+    decoder, found = Decoder(Engine(talker)), []
+    with torch.no_grad():
+        for recorded in (False, True, True, True):
+            decoder._slots(requests, 2, 4, True, True).records_passes = recorded
+            made = dict(decoder.run(requests, 2, log_probs=True, compile=compile))
+            found.append([made[i] for i in range(6)])
+    assert any(graph is not None for graph in decoder.slots.passes.values())
+    for again in found[1:]:
+        assert_near(again, found[0], atol=0.02)
 
 
 @pytest.mark.gpu
