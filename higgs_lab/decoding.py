@@ -23,7 +23,8 @@ from higgs_lab.slots import Request, Slots
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # recorded batch sizes
 LENGTHS = (256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)  # and cache lengths
 STEPS = 4  # queued at a time on a GPU; of 8 codebooks: up to 6, ends are in sight in time
-ADMIT_STEPS = 0.5  # of all slots: what a pass over prompts costs at least beside their own products
+# of all slots: what a pass over prompts costs at least beside their own products
+ADMIT_STEPS = 0.25
 PREFILL_POSITIONS = 8192  # of one packed pass over new prompts
 MEMORY_SHARE = 0.8  # of the free memory, for the cache
 

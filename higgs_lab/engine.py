@@ -82,8 +82,10 @@ class Engine:
         )
 
     def fits(self, talker: Talker) -> bool:
-        """Whether the talker's weights still lie where they were fused, changed or not."""
-        return self.pointers == _pointers(talker)
+        """Whether the talker's weights still lie where they were fused, changed or not, and no
+        autocast wants other products."""
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return not autocast and self.pointers == _pointers(talker)
 
     def send(self, values: Sequence | np.ndarray | Tensor) -> Tensor:
         """Host values as a tensor on the device.

@@ -111,7 +111,10 @@ def generate_each(
     settings = _per_prompt(prompts, sampling)
     if not prompts:
         return
-    if not Engine.supports(talker):
+    decoder = _DECODERS.pop(talker, None)  # popped: a caller may generate while this is under way
+    if decoder is not None and not decoder.engine.fits(talker):
+        decoder = None  # frees the cache before the next is made
+    if decoder is None and not Engine.supports(talker):
         size = max_batch or 32
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
@@ -122,10 +125,7 @@ def generate_each(
     if compile is None:
         rows = sum(r.rows for r in requests)
         compile = talker.device.type == "cuda" and rows >= COMPILE_FROM_ROWS
-    decoder = _DECODERS.pop(talker, None)  # popped: a caller may generate while this is under way
-    if decoder is None or not decoder.engine.fits(talker):
-        decoder = None  # frees the cache before the next is made
-        decoder = Decoder(Engine(talker))
+    decoder = decoder or Decoder(Engine(talker))
     try:
         yield from decoder.run(requests, max_batch, log_probs, compile)
     except GeneratorExit:  # the caller has heard enough: what was recorded and compiled stays
