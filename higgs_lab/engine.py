@@ -7,7 +7,6 @@ modules' weights become views of them, so training, saving and merging see what 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -287,11 +286,8 @@ def _split_kv_runs(
 def _few_rows(engine: Engine) -> int:
     """Rows up to which `decode_blocks` takes a step's place of these functions; 0: never.
 
-    For compute capability 9.0, shown to be right by a trial, and asked for by an environment
-    variable as long as tests/gpu/test_decode_block_gpu.py has not passed on such a card.
+    For compute capability 9.0, where a trial shows that they are right.
     """
-    if os.environ.get("HIGGS_LAB_TRITON_BLOCKS") != "1":
-        return 0
     if not engine.split_kv or torch.cuda.get_device_capability(engine.device) != (9, 0):
         return 0
     from higgs_lab import decode_block

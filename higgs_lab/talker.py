@@ -52,7 +52,9 @@ class FusedCodebooks(nn.Module):
     def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """rows [..., K] -> embeddings [..., D], summed over codebooks in `dtype` (the table's)."""
         offsets = torch.arange(self.num_codebooks, device=rows.device) * self.codebook_size
-        return F.embedding(rows + offsets, self.weight).to(dtype or self.weight.dtype).sum(dim=-2)
+        dtype = dtype or self.weight.dtype
+        found = F.embedding(rows + offsets, self.weight).to(dtype)
+        return found.sum(dim=-2, dtype=dtype)  # said, or CUDA's autocast would make it fp32
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., K, V] in its dtype; a table in training may be fp32."""

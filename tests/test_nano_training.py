@@ -68,9 +68,10 @@ def test_the_codec_trains_through_its_phases_and_ships(
     ship = tmp_path / "ship"
     plain, adversarial = map(str, shares)
     sizes = ["--decoder-hidden", "48", "--batch", "2", "--crop-frames", "4", "--hours", "0.01"]
+    shares = ["--plain", plain, "--adversarial", adversarial, "--listen", "0.1"]
     train_codec.main(
-        ["--data", str(speech), "--out", str(tmp_path), "--ship", str(ship), "--seconds", "6"]
-        + ["--device", "cpu", *sizes, "--plain", plain, "--adversarial", adversarial]
+        ["--data", str(speech), "--out", str(tmp_path), "--ship", str(ship), "--seconds", "6.1"]
+        + ["--device", "cpu", *sizes, *shares]
     )
     printed = capsys.readouterr().out
     logged = re.findall(r"s (\w+) step \d+ loss (\S+)(.*) hours", printed)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higgs_lab.nano.packing import codec_core, expand_codec, pack, round_trip, wants_int8
@@ -32,7 +33,8 @@ from recipes.nano.common import (
     options,
     state_of,
 )
-from recipes.nano.discriminator import Discriminator
+from recipes.nano.discriminator import Discriminator, feature_distance
+from recipes.nano.listener import Listener, train_listener
 from recipes.nano.pool import SpeechPool, add_floor
 from recipes.nano.voices import all_voices
 
@@ -46,6 +48,7 @@ WEIGHTS = {
     "adversarial": 0.1,
     "matching": 1.0,
     "voice": 2.0,
+    "words": 2.0,
 }  # beside the spectral loss
 START_CROPS = 512  # of one second: 12,800 vectors for the k-means of 1,024 codes
 
@@ -92,20 +95,31 @@ def save(model, args: argparse.Namespace, ship: bool = True) -> None:
     atomically(args.out / "codec.safetensors", lambda path: save_file(tensors, path))
     if args.ship and ship:
         args.ship.mkdir(parents=True, exist_ok=True)
-        core = codec_core(tensors)
-        atomically(args.ship / "codec.safetensors", lambda path: pack(core, path, {}))
+        atomically(args.ship / "codec.safetensors", lambda path: package(tensors, args, path))
+
+
+def package(tensors: dict[str, Tensor], args: argparse.Namespace, path: Path) -> None:
+    """The packaged file. What makes codes is taken from --init as it stands if it was not trained:
+    packed once more, rows would get other scales, and users other codes than the talker learns."""
+    pack(codec_core(tensors), path, {})
+    if args.decoder_only:
+        kept = {k: v for k, v in load_file(args.init).items() if not decodes(k)}
+        save_file(load_file(path) | kept, path)
+
+
+def decodes(name: str) -> bool:
+    return name.startswith(("acoustic_decoder.", "fc2."))
 
 
 @torch.no_grad()
 def finish(model, args: argparse.Namespace) -> None:
     """Round the weights to what the packaged file holds, so that all later parts see those.
 
-    That file is written before: packed once more, rows would get other scales, and users other
-    codes than those that the talker learns.
+    That file is written before: packed once more, it would be another, as above.
     """
     save(model, args)
     for name, value in model.state_dict().items():
-        if value.is_floating_point():
+        if value.is_floating_point() and not (args.decoder_only and not decodes(name)):
             value.copy_(round_trip(value, wants_int8(name, value)))
     save(model, args, ship=False)
 
@@ -117,18 +131,21 @@ class Training:
     a CUDA graph: launched one by one, its many small kernels keep the device waiting for the host.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
+    def __init__(self, args: argparse.Namespace, device: torch.device, listener: Listener):
         self.args, self.model = args, build_codec(decoder_hidden=args.decoder_hidden).to(device)
-        model = self.model
+        model, self.listener = self.model, listener
         if args.init:
             model.load_state_dict(expand_codec(args.init, None))
         if args.compile:
             fuse_snakes(model, args.compile)
         self.rvq = TrainableRVQ(model.quantizer).to(device)
-        parts = [
-            model.acoustic_encoder, model.acoustic_decoder, model.fc, model.fc2, model.quantizer,
-        ]  # fmt: skip
-        self.parameters = [p for part in parts for p in part.parameters()]
+        parts = [model.acoustic_decoder, model.fc2]
+        if args.decoder_only:
+            model.requires_grad_(False)
+            self.rvq.eval()
+        else:
+            parts += [model.acoustic_encoder, model.fc, model.quantizer]
+        self.parameters = [p.requires_grad_() for part in parts for p in part.parameters()]
         self.alphas = [m.alpha.data for m in model.modules() if type(m).__name__ == "Snake1d"]
         gpu = device.type == "cuda"
         options = dict(betas=(0.8, 0.99), capturable=gpu)
@@ -150,7 +167,8 @@ class Training:
 
     def coded(self) -> dict[str, Tensor]:
         quantised, commit, left = self.rvq(self._encode(), self.keep)
-        return self._update(self._decode(quantised), commit=commit, left=left)
+        fake = self._decode(quantised)
+        return self._update(fake, commit=commit, left=left, words=self._words(fake))
 
     def adversarial(self) -> dict[str, Tensor]:
         """`coded`, with a step of the discriminator before."""
@@ -163,7 +181,7 @@ class Training:
         self.discriminator_optimizer.step()
         with self._autocast():
             terms = self.discriminator.generator_losses(fake, self.clip)
-        found = self._update(fake, commit=commit, left=left, **terms)
+        found = self._update(fake, commit=commit, left=left, words=self._words(fake), **terms)
         return found | {"discriminator": told.detach(), "named": named.detach()}
 
     def _autocast(self):
@@ -177,6 +195,14 @@ class Training:
         with self._autocast():
             acoustic = self.model.fc2(hidden.transpose(1, 2)).transpose(1, 2)
             return self.model.acoustic_decoder(acoustic)[:, 0].float()
+
+    def _words(self, fake: Tensor) -> Tensor:
+        """Distance of what the listener makes of `fake` from what it makes of the clip."""
+        with self._autocast():
+            with torch.no_grad():
+                _, wanted = self.listener(self.clip)
+            _, features = self.listener(fake)
+        return feature_distance(features, wanted) / len(features)
 
     def _update(self, fake: Tensor, **terms: Tensor) -> dict[str, Tensor]:
         loss = spectral_loss(fake, self.clip)
@@ -220,6 +246,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--adversarial", type=float, default=0.12, help="share of the time before the discriminator"
     )
+    parser.add_argument("--listen", type=float, default=30, help="seconds of the listener's own")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="leave the codes of --init as they are"
+    )
     parser.add_argument(
         "--compile",
         default="inductor" if torch.cuda.is_available() else "",
@@ -234,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     pool = SpeechPool(args.data, device, args.hours)
     pool.wait(min(1.0, args.hours))
     test = SpeechPool(args.test, device, 1.0) if args.test else None
-    training = Training(args, device)
+    args.seconds -= args.listen
+    training = Training(args, device, train_listener(pool, args, args.listen))
     phase, step = "", lambda: {}
     clock = Clock(args, warm_steps=100)
     good = LastGood(
@@ -304,6 +335,7 @@ def crops(pool: SpeechPool, count: int, samples: int = 24_000) -> tuple[Tensor, 
 def report(model, rvq, pool) -> None:
     """Held-out loss and the number of codes used per codebook."""
     pool.wait(0.05)
+    training = rvq.training
     rvq.eval()
     index = torch.arange(min(192, len(pool.rows)), device=pool.device)
     clip = add_floor(pool.crops(index, 36_480))
@@ -315,7 +347,7 @@ def report(model, rvq, pool) -> None:
         f"codec held-out loss {spectral_loss(fake.float(), clip).item():.4f} codes used {used}",
         flush=True,
     )
-    rvq.train()
+    rvq.train(training)
 
 
 if __name__ == "__main__":

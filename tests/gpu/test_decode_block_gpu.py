@@ -21,11 +21,6 @@ pytestmark = [
 SHAPES_4B = [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728), (8208, 2560)]
 
 
-@pytest.fixture(autouse=True)
-def asked_for(monkeypatch):
-    monkeypatch.setenv("HIGGS_LAB_TRITON_BLOCKS", "1")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [*CASES, *((m, *s) for m in (1, 16, 64) for s in SHAPES_4B)])
 def test_products_are_recorded_and_right(case, dtype):
@@ -69,13 +64,11 @@ def test_blocks_are_the_engines(count):
     assert max(relative(new[name], ours[name]) for name in ours) < 0.03
 
 
-def test_the_engine_takes_them_where_asked_and_sizes_divide(recwarn, monkeypatch):
+def test_the_engine_takes_them_where_sizes_divide(recwarn):
     assert Engine(tiny_talker(**SIZES).cuda().bfloat16()).few_rows == 64
     assert Engine(tiny_talker(**SIZES).cuda()).few_rows == 0
     assert Engine(tiny_talker().cuda().bfloat16()).few_rows == 0
     assert not [w for w in recwarn if "Triton" in str(w.message)]
-    monkeypatch.delenv("HIGGS_LAB_TRITON_BLOCKS")
-    assert Engine(tiny_talker(**SIZES).cuda().bfloat16()).few_rows == 0
 
 
 @pytest.mark.parametrize("count", [1, 5])

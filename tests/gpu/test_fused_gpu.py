@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from higgs_lab.adapter import attach_lora
-from higgs_lab.attention import Documents, _varlen_call, varlen_available
+from higgs_lab.attention import VARLEN, Documents, _varlen_call, varlen_available
 from higgs_lab.batches import pack
 from higgs_lab.fused import CHECKPOINTING, fuse
 from tests.tiny import three_examples, tiny_talker
@@ -85,3 +85,32 @@ def test_varlen_takes_grouped_heads_and_gives_sdpas_gradients():
         found.append([out.detach(), *(t.grad for t in leaves)])
     for a, b in zip(*found, strict=True):
         assert (a - b).float().norm() < 0.02 * b.float().norm()
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_embeddings_are_autocasts(weights):
+    """CUDA's autocast makes sums fp32 unless told; bf16 is what the checkpoint is served with."""
+    talker = tiny_talker().to("cuda", weights)
+    inputs = pack(three_examples(), 384).to("cuda").inputs()
+    with torch.autocast("cuda", torch.bfloat16):
+        embeds = talker.embed(inputs["ids"], inputs["is_audio"], inputs["rows"])
+    assert embeds.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["varlen", "sdpa"])
+def test_qlora_steps_by_modules(kind):
+    """Four-bit layers answer in their input's dtype, where autocast would have chosen."""
+    pytest.importorskip("bitsandbytes")
+    from higgs_lab.quantize import quantize_nf4
+
+    if kind == "varlen" and not varlen_available(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("no varlen kernel here")
+    batch = pack(three_examples(), 384)
+    wanted, _ = step(tiny_talker(scale=4, head_dim=64), batch, "cpu")
+    talker = quantize_nf4(tiny_talker(scale=4, head_dim=64).bfloat16(), "cuda")
+    if kind == "varlen":
+        talker.model.set_attn_implementation(VARLEN)
+    talker.model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, grads = step(attach_lora(talker, rank=4, alpha=8).train(), batch, "cuda")
+    assert abs(loss / wanted - 1) < 0.05
+    assert any(float(g.norm()) > 0 for n, g in grads.items() if "lora_B" in n)
