@@ -9,13 +9,16 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from higgs_lab.fused import fuse
 from higgs_lab.nano.packing import expand_talker
-from recipes.nano import train_codec, train_talker
+from recipes.nano import listener, train_codec, train_talker
 from recipes.nano.codec_model import encode_codes, load_codec
 from recipes.nano.common import Clock, LastGood
+from recipes.nano.discriminator import feature_distance
 from recipes.nano.pack import pack_talker
+from recipes.nano.pool import SpeechPool, add_floor
 from recipes.nano.talker_data import Examples
 from recipes.nano.voices import HOME_VOICES, all_voices
 from tests.tiny import random_codes, voice_like
@@ -89,6 +92,41 @@ def test_the_codec_trains_through_its_phases_and_ships(
             for folder in (tmp_path, ship)
         )
     assert torch.equal(trained, shipped)
+
+    # what decodes goes on alone: the talker's codes stay, to the last bit of what makes them
+    again = tmp_path / "again"
+    train_codec.main(
+        ["--data", str(speech), "--out", str(again), "--ship", str(again / "ship")]
+        + ["--init", str(ship / "codec.safetensors"), "--decoder-only", "--seconds", "2.1"]
+        + ["--device", "cpu", *sizes, "--adversarial", "0.5", "--listen", "0.1"]
+    )
+    before, after = (load_file(f / "codec.safetensors") for f in (ship, again / "ship"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed
+    assert all(name.startswith(("acoustic_decoder.", "fc2.")) for name in changed)
+
+
+def test_a_listener_spells_what_it_hears(tmp_path, monkeypatch):
+    at = np.arange(9600) / 24_000
+    tones = [0.3 * np.sin(2 * np.pi * hz * at) * (at < 0.3) for hz in (200, 900, 3000)]
+    rows = [[9600 * i, 9600, text, "en", i] for i, text in enumerate(["<|tag|>a", "no", "ж"])]
+    np.save(tmp_path / "shard-00000.npy", (np.concatenate(tones) * 32767).astype(np.int16))
+    (tmp_path / "shard-00000.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "complete").touch()
+    monkeypatch.setattr(listener, "Clock", Steps)
+    monkeypatch.setattr(listener, "LONGEST_SEC", 0.4)
+    torch.manual_seed(0)
+    pool = SpeechPool(tmp_path, "cpu", 0.01)
+    pool.wait(0)
+    made = listener.train_listener(pool, argparse.Namespace(device="cpu", bf16=False, batch=3), 60)
+    wav = pool.gather(torch.arange(3), 9600)
+    logits, features = made(add_floor(wav))
+    heard = [torch.unique_consecutive(ids).tolist() for ids in logits.argmax(1)]
+    assert [bytes(i for i in ids if i).decode() for ids in heard] == ["a", "no", "ж"]
+    # what it hears is near for the same with other noise, and not for another
+    _, noisy = made(add_floor(wav))
+    _, other = made(add_floor(wav.roll(1, 0)))
+    assert feature_distance(noisy, features) < 0.3 * feature_distance(other, features)
 
 
 def test_the_talker_learns_from_shards_of_codes_and_ships(tmp_path, monkeypatch):

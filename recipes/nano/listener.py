@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import ctc_loss
 
-from recipes.nano.common import autocast, hann, mel_filters
+from recipes.nano.common import Clock, autocast, hann, mel_filters
 from recipes.nano.pool import SpeechPool, add_floor
 
 BLANK = 0  # bytes of text, which has no NUL
@@ -59,30 +58,23 @@ def train_listener(pool: SpeechPool, args: argparse.Namespace, seconds: float) -
     """A listener that has learnt from the pool for `seconds`; it does not learn any more."""
     device, batch = torch.device(args.device), 2 * args.batch
     listener = Listener().to(device)
-    optimizer = torch.optim.AdamW(listener.parameters(), lr=2e-3, weight_decay=1e-2)
-    rng = random.Random(0)
-    begin, step = time.time(), 0
-    rows: list[int] = []
-    while True:
-        progress = (time.time() - begin) / seconds
-        if progress >= 1:
-            break
-        if step % 100 == 0:
+    optimizer = torch.optim.AdamW(listener.parameters(), lr=0.0, weight_decay=1e-2)
+    mine = argparse.Namespace(seconds=seconds, lr=2e-3)
+    clock, rng, rows = Clock(mine, warm_steps=100), random.Random(0), []
+    while clock.tick(optimizer):
+        if clock.step % 100 == 1:
             pool.refresh()
             rows = [i for i, row in enumerate(pool.rows) if row.samples <= LONGEST_SEC * 24_000]
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (1 - progress)
-        index = torch.tensor(rng.choices(rows, k=batch))
+        index = rng.choices(rows, k=batch)
         texts = [spoken_bytes(pool.rows[i].text) for i in index]
-        frames = [pool.rows[i].samples // 480 for i in index]
-        wav = pool.gather(index.to(device), int(LONGEST_SEC * 24_000))
+        wav = pool.gather(torch.tensor(index, device=device), int(LONGEST_SEC * 24_000))
         level = 10 ** (torch.randn(batch, 1, device=device) * 0.15)
         with autocast(args):
             logits, _ = listener(add_floor(wav * level))
         loss = ctc_loss(
             logits.float().log_softmax(1).permute(2, 0, 1),
             torch.tensor(list(b"".join(texts)), device=device),
-            torch.tensor(frames),
+            torch.tensor([pool.rows[i].samples // 480 for i in index]),
             torch.tensor([len(text) for text in texts]),
             blank=BLANK,
             zero_infinity=True,
@@ -91,11 +83,9 @@ def train_listener(pool: SpeechPool, args: argparse.Namespace, seconds: float) -
         loss.backward()
         nn.utils.clip_grad_norm_(listener.parameters(), 1.0)
         optimizer.step()
-        if step % 200 == 0:
+        if clock.to_log():
             print(
-                f"listener {time.time() - begin:4.0f}s step {step} ctc {loss.item():.3f}",
+                f"listener {clock.elapsed:4.0f}s step {clock.step} ctc {loss.item():.3f}",
                 flush=True,
             )
-        step += 1
-    print(f"listener {time.time() - begin:4.0f}s step {step} ctc {loss.item():.3f}", flush=True)
     return listener.eval().requires_grad_(False)
