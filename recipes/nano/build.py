@@ -1,12 +1,14 @@
 """Rebuild parts of the nano family: make speech, then train several parts at once on one GPU.
 
     python -m recipes.nano.build --parts codec --out runs/nano --seconds 540
+    python -m recipes.nano.build --parts decoder --out runs/nano --seconds 540
     python -m recipes.nano.build --parts talker whisper ecapa --out runs/nano --seconds 540
     python -m recipes.nano.pack --trained runs/nano/ship --out higgs_lab/nano/assets
 
-Each part's log is `PART.log` in `--out`, its packaged weights are in `--out`/ship. The others need
-a codec that is finished: its codes are what the talker learns, and the judges hear a quarter of
-their speech through it, as a judge of real speech has heard codecs.
+"decoder" trains what decodes on, with the codes as they are, so that the talker may learn them
+beside it on another GPU. Each part's log is `PART.log` in `--out`, its packaged weights are in
+`--out`/ship. The others need a codec that is finished: its codes are what the talker learns, and
+the judges hear a quarter of their speech through it, as a judge of real speech has heard codecs.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import time
 from pathlib import Path
 
 # seconds of a part as a share of the whole, hours of speech it holds on the device
-SHARE = {"codec": 1.0, "whisper": 0.35, "ecapa": 0.3, "talker": 1.0}
-HOURS = {"codec": 20, "whisper": 60, "ecapa": 60, "talker": 0}
+SHARE = {"codec": 1.0, "decoder": 1.0, "whisper": 0.35, "ecapa": 0.3, "talker": 1.0}
+HOURS = {"codec": 20, "decoder": 20, "whisper": 60, "ecapa": 60, "talker": 0}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,12 +71,17 @@ def start(args: argparse.Namespace, codec: Path) -> dict[str, subprocess.Popen]:
         "test speech": subprocess.Popen([*speakers, *test], env=environment),
     }
     for part in args.parts:
-        command = [*module, f"recipes.nano.train_{part}", "--out", str(args.out)]
+        script = "codec" if part == "decoder" else part
+        command = [*module, f"recipes.nano.train_{script}", "--out", str(args.out)]
         command += ["--data", str(args.data), "--test", f"{args.data}-test"]
         command += ["--ship", str(args.ship or args.out / "ship")]
         command += ["--seconds", str(args.seconds * SHARE[part])]
         command += ["--hours", str(min(HOURS[part], 2 * args.hours))]
-        if part != "codec":
+        if part == "decoder":
+            packed = (args.ship or args.out / "ship") / "codec.safetensors"
+            command += ["--init", str(packed), "--decoder-only", "--lr", "5e-4"]
+            command += ["--adversarial", "0.04"]
+        elif part != "codec":
             command += ["--codec", str(codec)]
         with (args.out / f"{part}.log").open("w") as log:
             jobs[part] = subprocess.Popen(

@@ -1,6 +1,7 @@
 """Train the nano codec: straight-through RVQ, EMA codebooks, multi-resolution spectral losses.
 
     python -m recipes.nano.train_codec --data /dev/shm/nano --out runs/nano/codec --seconds 540
+    python -m recipes.nano.train_codec ... --init codec.safetensors --decoder-only --lr 5e-4
 
 Time is the budget: the learning rate is a cosine over `--seconds`. `codec.safetensors` in `--out`
 is rewritten every 15 seconds, so that the other parts can pick it up and a time-out loses nothing.
@@ -256,6 +257,10 @@ def main(argv: list[str] | None = None) -> None:
         help="torch.compile backend of the Snake activations; empty: run eagerly",
     )
     args = parser.parse_args(argv)
+    if args.decoder_only and not args.init:
+        parser.error("--decoder-only keeps the codes of a packaged codec: give it by --init")
+    if args.listen >= args.seconds:
+        parser.error("--listen takes its seconds out of --seconds: give more of those")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
