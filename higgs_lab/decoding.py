@@ -22,7 +22,7 @@ from higgs_lab.slots import Request, Slots
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # recorded batch sizes
 LENGTHS = (256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)  # and cache lengths
-STEPS = 4  # queued at a time on a GPU; of 8 codebooks: up to 6, ends are in sight in time
+STEPS = 4  # queued at a time on a GPU; up to half the rows that an end shows ahead none is lost
 # of all slots: what a pass over prompts costs at least beside their own products
 ADMIT_STEPS = 0.25
 PREFILL_POSITIONS = 8192  # of one packed pass over new prompts

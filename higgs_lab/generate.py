@@ -111,7 +111,9 @@ def generate_each(
     settings = _per_prompt(prompts, sampling)
     if not prompts:
         return
-    decoder = _DECODERS.pop(talker, None)  # popped: a caller may generate while this is under way
+    plain = not torch.is_autocast_enabled(talker.device.type)  # or it is kept for later
+    # popped: a caller may generate while this is under way
+    decoder = _DECODERS.pop(talker, None) if plain else None
     if decoder is not None and not decoder.engine.fits(talker):
         decoder = None  # frees the cache before the next is made
     if decoder is None and not Engine.supports(talker):

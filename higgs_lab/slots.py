@@ -71,9 +71,8 @@ class Slots:
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.attention = attention_kind("auto", device, engine.dtype)
-        self.records_passes = (
-            self.attention == "varlen"
-        )  # a pass of any kind else waits for its ends
+        # a pass of any kind else waits for its ends
+        self.records_passes = self.attention == "varlen"
         self.passes: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.packed = tuple(
             torch.zeros(*shape, dtype=dtype, device=device)
@@ -176,9 +175,9 @@ class Slots:
             # What fills it up is a document, too. Its keys and values go where a prompt's last
             # position stands, whose own come with the first step.
             rest = room - len(x)
-            slot = np.append(slot, [slots[0]] * rest)
-            position = np.append(position, [lengths[0]] * rest)
-            ends = np.append(ends, [room] * (PASS_PROMPTS + 2 - len(ends)))
+            slot = np.append(slot, np.full(rest, slots[0]))
+            position = np.append(position, np.full(rest, lengths[0]))
+            ends = np.append(ends, np.full(PASS_PROMPTS + 2 - len(ends), room))
             rows = F.pad(x, (0, 0, 0, rest))
             for buffer, values in zip(self.packed, (rows, slot, position, ends), strict=True):
                 values = values if isinstance(values, Tensor) else engine.send(values)

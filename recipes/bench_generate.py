@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> Bench:
         bench.row(name, partial(to_wav, bench, talker, codec, n, texts, compiled))
     pairs = [(row["method"], "plain, batch 1") for row in bench.rows if "ours" in row["method"]]
     bench.multiples("audio-s/s", pairs)
+    lengths = [len(prompt) for prompt in prompts(bench, 256)[0]]
+    print(f"prompts of {np.mean(lengths):.0f} positions on average")
     return bench
 
 

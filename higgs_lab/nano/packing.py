@@ -74,6 +74,12 @@ def unpack(path: str | Path) -> dict[str, Tensor]:
     return out
 
 
+def is_packaged(path: str | Path) -> bool:
+    """Whether a safetensors file holds int8 with scales, and not the weights themselves."""
+    with safe_open(str(path), framework="pt") as file:
+        return any(name.endswith(SCALE) for name in file.keys())
+
+
 def metadata(path: str | Path) -> dict[str, str]:
     """What `pack` was told about the file: sizes, figures, how it was trained."""
     with safe_open(str(path), framework="pt") as file:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--extra", nargs=argparse.REMAINDER, default=[], help="more options for every part")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    if {"codec", "decoder"} <= set(args.parts):
+        parser.error("the decoder is trained on when the codec is finished: in another call")
     codec = args.codec or args.out / "codec.safetensors"
     jobs = start(args, codec)
     begin = time.time()
@@ -77,11 +80,15 @@ def start(args: argparse.Namespace, codec: Path) -> dict[str, subprocess.Popen]:
         command += ["--ship", str(args.ship or args.out / "ship")]
         command += ["--seconds", str(args.seconds * SHARE[part])]
         command += ["--hours", str(min(HOURS[part], 2 * args.hours))]
-        if part == "decoder":
-            packed = (args.ship or args.out / "ship") / "codec.safetensors"
-            command += ["--init", str(packed), "--decoder-only", "--lr", "5e-4"]
+        begin = args.out / "codec-before-decoder.safetensors"
+        if part == "codec":
+            begin.unlink(missing_ok=True)  # of another codec
+        elif part == "decoder":
+            if not begin.exists():  # a second start begins anew, not with what the first left
+                shutil.copyfile((args.ship or args.out / "ship") / "codec.safetensors", begin)
+            command += ["--init", str(begin), "--decoder-only", "--lr", "5e-4"]
             command += ["--adversarial", "0.04"]
-        elif part != "codec":
+        else:
             command += ["--codec", str(codec)]
         with (args.out / f"{part}.log").open("w") as log:
             jobs[part] = subprocess.Popen(

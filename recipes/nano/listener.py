@@ -65,6 +65,8 @@ def train_listener(pool: SpeechPool, args: argparse.Namespace, seconds: float) -
         if clock.step % 100 == 1:
             pool.refresh()
             rows = [i for i, row in enumerate(pool.rows) if row.samples <= LONGEST_SEC * 24_000]
+            if not rows:
+                raise ValueError(f"{pool.folder}: no utterance is {LONGEST_SEC} s or shorter")
         index = rng.choices(rows, k=batch)
         texts = [spoken_bytes(pool.rows[i].text) for i in index]
         wav = pool.gather(torch.tensor(index, device=device), int(LONGEST_SEC * 24_000))

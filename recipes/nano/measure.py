@@ -62,12 +62,15 @@ def for_judges(wav: np.ndarray) -> np.ndarray:
     return resample(wav, SAMPLE_RATE_HZ, JUDGE_HZ)
 
 
-def error_rate(recognizer, wavs: list[np.ndarray], clips: list[Clip], unit: str) -> float:
-    """Corpus error of what is heard in `wavs` against the texts of `clips`; unit "word", "char"."""
+def errors(
+    recognizer, wavs: list[np.ndarray], clips: list[Clip], unit: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is heard in each of `wavs` against the texts of `clips`: (errors [n], units [n]), the
+    unit being a "word" or a "char"."""
     heard = recognizer.transcribe_all(
         [for_judges(wav) for wav in wavs], [clip.language for clip in clips]
     )
-    errors = words = 0
+    found = []
     for transcript, clip in zip(heard, clips, strict=True):
         pair = (
             normalize(clip.text, clip.language),
@@ -75,9 +78,14 @@ def error_rate(recognizer, wavs: list[np.ndarray], clips: list[Clip], unit: str)
         )
         if unit == "char":
             pair = tuple(text.replace(" ", "") for text in pair)
-        found = (word_errors if unit == "word" else char_errors)(*pair)
-        errors, words = errors + found.errors, words + found.units
-    return errors / words
+        found.append((word_errors if unit == "word" else char_errors)(*pair))
+    return np.array([f.errors for f in found]), np.array([f.units for f in found])
+
+
+def error_rate(recognizer, wavs: list[np.ndarray], clips: list[Clip], unit: str) -> float:
+    """Corpus error, of `errors`."""
+    wrong, units = errors(recognizer, wavs, clips, unit)
+    return float(wrong.sum() / units.sum())
 
 
 def confusable(a: str, b: str, f0: dict[str, float]) -> bool:

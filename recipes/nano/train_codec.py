@@ -14,10 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from higgs_lab.nano.packing import codec_core, expand_codec, pack, round_trip, wants_int8
+from higgs_lab.nano.packing import (
+    codec_core,
+    expand_codec,
+    is_packaged,
+    pack,
+    round_trip,
+    wants_int8,
+)
 from recipes.nano.codec_model import (
     DECODER_HIDDEN,
     TrainableRVQ,
@@ -102,10 +109,14 @@ def save(model, args: argparse.Namespace, ship: bool = True) -> None:
 def package(tensors: dict[str, Tensor], args: argparse.Namespace, path: Path) -> None:
     """The packaged file. What makes codes is taken from --init as it stands if it was not trained:
     packed once more, rows would get other scales, and users other codes than the talker learns."""
-    pack(codec_core(tensors), path, {})
-    if args.decoder_only:
-        kept = {k: v for k, v in load_file(args.init).items() if not decodes(k)}
-        save_file(load_file(path) | kept, path)
+    core = codec_core(tensors)
+    if not args.decoder_only:
+        pack(core, path, {})
+        return
+    pack({name: value for name, value in core.items() if decodes(name)}, path, {})
+    trained = load(path.read_bytes())
+    kept = {name: value for name, value in load_file(args.init).items() if not decodes(name)}
+    save_file(trained | kept, path)
 
 
 def decodes(name: str) -> bool:
@@ -132,7 +143,7 @@ class Training:
     a CUDA graph: launched one by one, its many small kernels keep the device waiting for the host.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, listener: Listener):
+    def __init__(self, args: argparse.Namespace, device: torch.device, listener: Listener | None):
         self.args, self.model = args, build_codec(decoder_hidden=args.decoder_hidden).to(device)
         model, self.listener = self.model, listener
         if args.init:
@@ -169,7 +180,7 @@ class Training:
     def coded(self) -> dict[str, Tensor]:
         quantised, commit, left = self.rvq(self._encode(), self.keep)
         fake = self._decode(quantised)
-        return self._update(fake, commit=commit, left=left, words=self._words(fake))
+        return self._update(fake, commit=commit, left=left, **self._words(fake))
 
     def adversarial(self) -> dict[str, Tensor]:
         """`coded`, with a step of the discriminator before."""
@@ -182,7 +193,7 @@ class Training:
         self.discriminator_optimizer.step()
         with self._autocast():
             terms = self.discriminator.generator_losses(fake, self.clip)
-        found = self._update(fake, commit=commit, left=left, words=self._words(fake), **terms)
+        found = self._update(fake, commit=commit, left=left, **self._words(fake), **terms)
         return found | {"discriminator": told.detach(), "named": named.detach()}
 
     def _autocast(self):
@@ -197,13 +208,15 @@ class Training:
             acoustic = self.model.fc2(hidden.transpose(1, 2)).transpose(1, 2)
             return self.model.acoustic_decoder(acoustic)[:, 0].float()
 
-    def _words(self, fake: Tensor) -> Tensor:
+    def _words(self, fake: Tensor) -> dict[str, Tensor]:
         """Distance of what the listener makes of `fake` from what it makes of the clip."""
+        if self.listener is None:
+            return {}
         with self._autocast():
             with torch.no_grad():
                 _, wanted = self.listener(self.clip)
             _, features = self.listener(fake)
-        return feature_distance(features, wanted) / len(features)
+        return {"words": feature_distance(features, wanted) / len(features)}
 
     def _update(self, fake: Tensor, **terms: Tensor) -> dict[str, Tensor]:
         loss = spectral_loss(fake, self.clip)
@@ -247,7 +260,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--adversarial", type=float, default=0.12, help="share of the time before the discriminator"
     )
-    parser.add_argument("--listen", type=float, default=30, help="seconds of the listener's own")
+    parser.add_argument(
+        "--listen", type=float, default=30, help="seconds of the listener's own; 0: none"
+    )
     parser.add_argument(
         "--decoder-only", action="store_true", help="leave the codes of --init as they are"
     )
@@ -257,10 +272,10 @@ def main(argv: list[str] | None = None) -> None:
         help="torch.compile backend of the Snake activations; empty: run eagerly",
     )
     args = parser.parse_args(argv)
-    if args.decoder_only and not args.init:
-        parser.error("--decoder-only keeps the codes of a packaged codec: give it by --init")
-    if args.listen >= args.seconds:
-        parser.error("--listen takes its seconds out of --seconds: give more of those")
+    if args.decoder_only and not (args.init and is_packaged(args.init)):
+        parser.error("--decoder-only keeps a packaged codec's codes: give one of --ship by --init")
+    if not 0 <= args.listen < args.seconds:
+        parser.error("--listen takes its seconds, 0 for none, out of --seconds")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -270,7 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     pool.wait(min(1.0, args.hours))
     test = SpeechPool(args.test, device, 1.0) if args.test else None
     args.seconds -= args.listen
-    training = Training(args, device, train_listener(pool, args, args.listen))
+    listener = train_listener(pool, args, args.listen) if args.listen else None
+    training = Training(args, device, listener)
     phase, step = "", lambda: {}
     clock = Clock(args, warm_steps=100)
     good = LastGood(
