@@ -53,6 +53,15 @@ def mel_filters(n_fft: int, bands: int, device: str) -> Tensor:
     return filters.to(device)
 
 
+def log_mel(wav: Tensor, n_fft: int, hop: int, bands: int) -> Tensor:
+    """wav [B, n] at 24 kHz -> log10 mel magnitudes [B, bands, n / hop + 1], about -2 to 2."""
+    device = str(wav.device)
+    window = hann(n_fft, device)
+    spectrum = torch.stft(wav.float(), n_fft, hop, window=window, return_complex=True).abs()
+    mel = torch.einsum("bft,fm->bmt", spectrum, mel_filters(n_fft, bands, device))
+    return 1 + mel.clamp(min=1e-3).log10()
+
+
 class Clock:
     """Time is the budget: progress, learning rate, and when to log and to save."""
 

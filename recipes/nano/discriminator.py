@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, leaky_relu, normalize, pad
 
-from recipes.nano.common import hann, mel_filters
+from recipes.nano.common import hann, log_mel
 
 WINDOWS = (2048, 1024, 512)
 PERIODS = (2, 3, 5, 7, 11)
@@ -88,12 +88,7 @@ class VoiceClassifier(nn.Module):
         self.classify = nn.Linear(128, voices, bias=False)
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
-        device = str(wav.device)
-        spectrum = torch.stft(
-            wav.float(), 1024, 256, window=hann(1024, device), return_complex=True
-        ).abs()
-        mel = torch.einsum("bft,fm->bmt", spectrum, mel_filters(1024, self.bands, device))
-        x, features = 1 + mel.clamp(min=1e-3).log10(), []
+        x, features = log_mel(wav, 1024, 256, self.bands), []
         for layer in self.layers:
             x = leaky_relu(layer(x), 0.2)
             features.append(x)

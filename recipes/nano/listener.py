@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import ctc_loss
 
-from recipes.nano.common import Clock, autocast, hann, mel_filters
+from recipes.nano.common import Clock, autocast, log_mel
 from recipes.nano.pool import SpeechPool, add_floor
 
 BLANK = 0  # bytes of text, which has no NUL
@@ -23,7 +23,8 @@ LONGEST_SEC = 3.0  # of the utterances that it learns from: most of them
 
 
 class Listener(nn.Module):
-    """wav [B, n] at 24 kHz -> (logits [B, 256, n / 480], the output of every layer)."""
+    """wav [B, n] at 24 kHz -> (logits of bytes [B, 256, T], every layer's output [B, width, T]);
+    T is about n / 480, 50 a second."""
 
     def __init__(self, width: int = 256, bands: int = 80):
         super().__init__()
@@ -36,12 +37,7 @@ class Listener(nn.Module):
         self.spell = nn.Conv1d(width, 256, 1)
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
-        device = str(wav.device)
-        spectrum = torch.stft(
-            wav.float(), 512, 240, window=hann(512, device), return_complex=True
-        ).abs()
-        mel = torch.einsum("bft,fm->bmt", spectrum, mel_filters(512, self.bands, device))
-        x, features = 1 + mel.clamp(min=1e-3).log10(), []
+        x, features = log_mel(wav, 512, 240, self.bands), []
         for number, layer in enumerate(self.layers):
             y = layer(x)
             x = x + y if number else y
@@ -55,7 +51,11 @@ def spoken_bytes(text: str) -> bytes:
 
 
 def train_listener(pool: SpeechPool, args: argparse.Namespace, seconds: float) -> Listener:
-    """A listener that has learnt from the pool for `seconds`; it does not learn any more."""
+    """A listener that has learnt from the pool for `seconds`; it does not learn any more.
+
+    args: the codec's, of which it takes the device and twice the batch. Raises ValueError when the
+    pool holds no utterance of LONGEST_SEC or less.
+    """
     device, batch = torch.device(args.device), 2 * args.batch
     listener = Listener().to(device)
     optimizer = torch.optim.AdamW(listener.parameters(), lr=0.0, weight_decay=1e-2)

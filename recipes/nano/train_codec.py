@@ -120,6 +120,7 @@ def package(tensors: dict[str, Tensor], args: argparse.Namespace, path: Path) ->
 
 
 def decodes(name: str) -> bool:
+    """Whether a weight plays its part behind the codes."""
     return name.startswith(("acoustic_decoder.", "fc2."))
 
 
