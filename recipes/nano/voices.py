@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # Variants of espeak-ng 1.52 that sound like a plain speaker; robots are left out, and whispers but
-# for one, caleb, which is held out: no part has learnt from a whisper.
+# for one, caleb, which is held out. Whispers to learn from are drawn, see `made_variant`.
 GENUINE = (
     "Alex Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario "
     "Michael Mike Nguyen Reed adam anika announcer antonio aunty belinda benjamin boris caleb "
@@ -30,6 +30,7 @@ HELD_OUT_GENUINE = (
 DEMO_VOICE = "made9000"  # the new voice of the demo: no part and no other figure ever uses it
 NUM_MADE = 640
 NUM_HELD_OUT_MADE = 24
+WHISPERS = range(7000, 7032)  # numbers of drawn variants that whisper, all of them for training
 HOME_VOICES = ("f3", "m1", "made0001", "made0002")  # who speaks when no reference is given
 
 
@@ -40,7 +41,11 @@ class Voice:
 
 
 def made_variant(number: int) -> str:
-    """The text of the drawn variant `number`; even numbers are male, odd ones female."""
+    """The text of the drawn variant `number`; even numbers are male, odd ones female.
+
+    Those of WHISPERS have no voice: every other pair of them is spoken by Klatt's synthesizer, as
+    espeak-ng's own caleb is, the others by the usual one.
+    """
     rng = random.Random(f"nano-voice-{number}")
     female = number % 2 == 1
     tract = rng.uniform(1.0, 1.24) if female else rng.uniform(0.82, 1.04)
@@ -65,6 +70,13 @@ def made_variant(number: int) -> str:
     lines.append(f"roughness {rng.choice((0, 0, 1, 2, 3))}")
     lines.append(f"voicing {rng.uniform(75, 130):.0f}")
     lines.append(f"consonants {rng.uniform(60, 130):.0f} {rng.uniform(60, 130):.0f}")
+    if number in WHISPERS:
+        lines = [line for line in lines if line.split()[0] not in ("tone", "breath", "voicing")]
+        usual, klatt = (
+            "breath 75 75 60 40 20 10\nbreathw 150 150 200 200 400 400",
+            "klatt 6\nbreath 100",
+        )
+        lines += [(klatt, usual)[number // 2 % 2], "voicing 0"]
     return "\n".join(lines) + "\n"
 
 
@@ -72,7 +84,7 @@ def made_variant(number: int) -> str:
 def all_voices() -> tuple[Voice, ...]:
     """Every voice, training voices first; the order is fixed, so a position is an identity."""
     train = [name for name in GENUINE if name not in HELD_OUT_GENUINE]
-    made = [f"made{number:04d}" for number in range(NUM_MADE)]
+    made = [f"made{number:04d}" for number in (*range(NUM_MADE), *WHISPERS)]
     test = HELD_OUT_GENUINE + [f"made{8000 + number:04d}" for number in range(NUM_HELD_OUT_MADE)]
     return (
         *(Voice(name, "train") for name in train + made),
