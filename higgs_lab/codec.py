@@ -129,7 +129,7 @@ class Codec:
         for i, wav in enumerate(clips):
             by_length[max(len(wav), self._shortest)].append(i)
         codes: list[Tensor | None] = [None] * len(clips)
-        for part in _batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged):
+        for part in self._batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged):
             lengths = [max(len(clips[i]), self._shortest) for i in part]
             longest = self._rounded(max(lengths), self.sample_rate_hz) if ragged else lengths[0]
             batch = self._batch([clips[i] for i in part], longest)
@@ -154,9 +154,34 @@ class Codec:
             codes = self.model.quantizer.encode(hidden, self.model.config.target_bandwidths[-1])
         return codes.permute(1, 2, 0).contiguous()  # [K, B, T]
 
-    def _rounded(self, length: int, step: int) -> int:
-        """On a GPU up to a multiple of step: every shape is planned anew by cuDNN."""
-        return -(-length // step) * step if self.device.type == "cuda" else length
+    def _rounded(self, length: int, second: int) -> int:
+        """On a GPU up to whole seconds, from 16 s on up to an eighth of the length or less.
+
+        cuDNN plans every shape anew, which takes it longer than decoding does: few may come.
+        """
+        if self.device.type != "cuda":
+            return length
+        step = second << max(0, (length // second).bit_length() - 4)
+        return -(-length // step) * step
+
+    def _batches(
+        self, by_length: dict[int, list[int]], max_length: int, ragged: bool
+    ) -> Iterator[list[int]]:
+        """Indices that go together, of one length or, ragged, of neighbouring ones.
+
+        Those are 1, 2, 4, 8 and so on where `_rounded` rounds, for the same reason.
+        """
+        groups = [by_length[length] for length in sorted(by_length, reverse=True)]
+        if ragged:
+            groups = [[i for group in groups for i in group]]
+        length = {i: n for n, members in by_length.items() for i in members}
+        for group in groups:
+            while group:  # the first is the longest
+                size = max(1, min(len(group), max_length // length[group[0]]))
+                if ragged and self.device.type == "cuda":
+                    size = 1 << size.bit_length() - 1
+                yield group[:size]
+                group = group[size:]
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """codes [T, K] -> float32 [T * samples_per_frame]; T = 0 gives an empty wave."""
@@ -191,7 +216,7 @@ class Codec:
             by_length[len(clip)].append(i)
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
         by_length.pop(0, None)
-        for part in _batches(by_length, max_batch_frames, ragged):
+        for part in self._batches(by_length, max_batch_frames, ragged):
             lengths = [len(codes[i]) for i in part]
             second = self.sample_rate_hz // self.samples_per_frame
             longest = self._rounded(max(lengths), second) if ragged else lengths[0]
@@ -297,19 +322,6 @@ def _switches(matmul_tf32: bool | None, convolution_tf32: bool):
             if matmul_tf32 is not None:
                 matmul.allow_tf32 = saved[0]
             cudnn.allow_tf32, cudnn.benchmark = saved[1:]
-
-
-def _batches(by_length: dict[int, list[int]], max_length: int, ragged: bool) -> Iterator[list[int]]:
-    """Indices that go together, of one length or, ragged, of neighbouring ones."""
-    groups = [by_length[length] for length in sorted(by_length, reverse=True)]
-    if ragged:
-        groups = [[i for group in groups for i in group]]
-    length = {i: n for n, members in by_length.items() for i in members}
-    for group in groups:
-        while group:  # the first is the longest
-            size = max(1, max_length // length[group[0]])
-            yield group[:size]
-            group = group[size:]
 
 
 def codec_config(state: dict[str, Tensor], base: dict) -> dict:

@@ -1,26 +1,36 @@
 """The codec's networks again, for speed: fused activations, and clips of any length in a batch.
 
 Same weights, same formulas as transformers' model, which stays the reference; results differ by
-rounding alone. Two things are done here that the model's own forward cannot:
+rounding alone. What is done here that the model's own forward cannot:
 
 * DAC's Snake, the bias before it and the residual sum are one kernel (`snake`): as separate
   operations of PyTorch they are more than half of the GPU's time, all of it waiting for memory.
 * A batch may hold clips of different lengths. Alone, a clip is followed by each convolution's zero
   padding; in a batch what lies behind its end is set to zero before every convolution, HuBERT
   attends to its frames only, and the one normalisation over time takes each clip by itself.
+* On a GPU DAC's tensors have their channels last, as its matrix units want them, and HuBERT's one
+  grouped convolution, for which cuDNN has no kernel on them in half precision, is matrix products.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torchaudio
 from torch import Tensor, nn
-from torch.nn.functional import conv1d, conv_transpose1d, group_norm, pad
+from torch.nn.functional import (
+    conv1d,
+    conv2d,
+    conv_transpose1d,
+    conv_transpose2d,
+    group_norm,
+    pad,
+)
 from transformers import HiggsAudioV2TokenizerModel
 
 from higgs_lab.snake import snake
@@ -55,11 +65,16 @@ def semantic_frames(model: HiggsAudioV2TokenizerModel, samples: Sequence[int]) -
     return [math.ceil(n / model.config.semantic_downsample_factor) for n in found]
 
 
-def run_dac(net: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:
+def run_dac(
+    net: nn.Module, x: Tensor, lengths: Sequence[int], channels_last: bool | None = None
+) -> Tensor:
     """DAC's encoder or decoder: x [B, C, T], of clip i only the first lengths[i] steps counting.
 
-    Every stage is an activation and what follows it, up to the next residual sum.
+    Every stage is an activation and what follows it, up to the next residual sum. channels_last: of
+    all that lies between; None: on a GPU.
     """
+    if x.is_cuda if channels_last is None else channels_last:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
     stages = list(_stages(net))
     ends = torch.tensor([stage_lengths(net, n) for n in lengths], dtype=torch.int32).T.contiguous()
     ends = ends.to(x.device, non_blocking=True)  # [stages + 1, B]
@@ -104,12 +119,22 @@ def _length(conv: nn.Conv1d | nn.ConvTranspose1d, length: int) -> int:
 
 
 def _convolve(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
-    """Without the bias, which the activation adds."""
-    if isinstance(conv, nn.ConvTranspose1d):
-        return conv_transpose1d(
-            x, conv.weight, None, conv.stride, conv.padding, conv.output_padding
-        )
-    return conv1d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation)
+    """Without the bias, which the activation adds. Channels stay last if they are."""
+    weight, stride, padding = conv.weight, conv.stride, conv.padding
+    last = x.transpose(1, 2).is_contiguous() and x.stride(1) == 1
+    turned = isinstance(conv, nn.ConvTranspose1d)
+    if not last:
+        if turned:
+            return conv_transpose1d(x, weight, None, stride, padding, conv.output_padding)
+        return conv1d(x, weight, None, stride, padding, conv.dilation)
+    # only images have a layout of this kind
+    x, weight = x[:, :, None], weight[:, :, None]
+    options = dict(stride=(1, *stride), padding=(0, *padding))
+    if turned:
+        y = conv_transpose2d(x, weight, output_padding=(0, *conv.output_padding), **options)
+    else:
+        y = conv2d(x, weight, dilation=(1, *conv.dilation), **options)
+    return y.contiguous(memory_format=torch.channels_last)[:, :, 0]
 
 
 def encode_semantic(model: HiggsAudioV2TokenizerModel, x: Tensor, frames: Sequence[int]) -> Tensor:
@@ -143,46 +168,77 @@ def _hubert_lengths(model: HiggsAudioV2TokenizerModel, samples: Sequence[int]) -
 
 def _hubert(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[int]) -> Tensor:
     """`model._extract_semantic_features` of clips of any length."""
-    if min(samples) == wavs.shape[-1]:
-        return model._extract_semantic_features(wavs[:, None])
     config, hubert = model.config, model.semantic_model
+    replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    if wavs.is_cuda:
+        places = hubert.encoder.pos_conv_embed.conv
+        replaced[places] = partial(grouped_convolution, places)
+    if min(samples) == wavs.shape[-1]:
+        with _replaced(replaced):
+            return model._extract_semantic_features(wavs[:, None])
     at_rate, with_margins, first = _hubert_lengths(model, samples)[:3]
+    norm = hubert.feature_extractor.conv_layers[0].layer_norm
+    replaced[norm] = partial(_normalised_alone, norm, lengths=first)
     x = torchaudio.functional.resample(wavs, config.sample_rate, config.semantic_sample_rate)
     ends = torch.tensor(at_rate, device=x.device)[:, None]
     x = x * (torch.arange(x.shape[-1], device=x.device) < ends)  # the filter's tail
     x = pad(x, (HUBERT_MARGIN, HUBERT_MARGIN))
     ends = torch.tensor(with_margins, device=x.device)[:, None]
     mask = (torch.arange(x.shape[-1], device=x.device) < ends).long()
-    with _normalised_alone(hubert, first):
+    with _replaced(replaced):
         hidden = hubert(x, attention_mask=mask, output_hidden_states=True).hidden_states
     return torch.stack(hidden, dim=1).mean(dim=1)[:, :: config.semantic_downsample_factor]
+
+
+def _normalised_alone(norm: nn.GroupNorm, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """HuBERT's group norm, whose statistics are over time, of each clip's own steps."""
+    made = [
+        group_norm(clip[None, :, :n], norm.num_groups, norm.weight, norm.bias, norm.eps)
+        for clip, n in zip(x, lengths, strict=True)
+    ]
+    return torch.cat([pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in made])
+
+
+def grouped_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """conv(x) of stride 1 and no dilation, x [B, C, T], as a matrix product for each group."""
+    weight, B, G = conv.weight, len(x), conv.groups
+    out, channels, width = weight.shape
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    rows = pad(x, (*conv.padding, *conv.padding)).view(B, G, channels, -1).permute(1, 0, 3, 2)
+    rows = rows.contiguous()  # [G, B, steps, channels of a group]: a window lies in one piece
+    steps = rows.shape[2] - width + 1
+    sums = weight.view(G, out // G, channels, width).permute(0, 3, 2, 1).flatten(1, 2).to(x.dtype)
+    size, stride = (B, steps, width * channels), (rows.stride(1), channels, 1)
+    made = [
+        group.as_strided(size, stride).flatten(0, 1) @ one
+        for group, one in zip(rows, sums, strict=True)
+    ]
+    y = torch.stack([part.view(B, steps, -1) for part in made], dim=2).flatten(2)
+    return (y + conv.bias.to(y.dtype)).transpose(1, 2)
 
 
 _one_at_a_time = threading.Lock()
 
 
 @contextmanager
-def _normalised_alone(hubert: nn.Module, lengths: Sequence[int]):
-    """Inside, HuBERT's group norm, whose statistics are over time, sees each clip's own steps.
-
-    Other threads that use the model meanwhile see the norm as it is.
-    """
-    norm = hubert.feature_extractor.conv_layers[0].layer_norm
-
+def _replaced(forwards: dict[nn.Module, Callable[[Tensor], Tensor]]):
+    """Inside, these modules compute otherwise; for other threads they are what they are."""
     thread = threading.get_ident()
 
-    def alone(x: Tensor) -> Tensor:
-        if threading.get_ident() != thread:
-            return nn.GroupNorm.forward(norm, x)
-        made = [
-            group_norm(clip[None, :, :n], norm.num_groups, norm.weight, norm.bias, norm.eps)
-            for clip, n in zip(x, lengths, strict=True)
-        ]
-        return torch.cat([pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in made])
+    def of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            if threading.get_ident() != thread:
+                return type(module).forward(module, x)
+            return forward(x)
+
+        return call
 
     with _one_at_a_time:
-        norm.forward = alone
+        for module, forward in forwards.items():
+            module.forward = of(module, forward)
         try:
             yield
         finally:
-            del norm.forward  # the class's own is seen again
+            for module in forwards:
+                del module.forward  # the class's own is seen again

@@ -28,8 +28,8 @@ from higgs_lab.sampling import (
 )
 
 # positions of a recorded pass over prompts; the host keeps up with longer ones
-PASSES = (64, 128, 192, 256, 384, 512, 768)
-PASS_PROMPTS = 8  # of a recorded pass, at most
+PASSES = (64, 128, 192, 256, 384, 512, 768, *range(1024, 2048, 256), *range(2048, 4097, 512))
+PASS_PROMPTS = 32  # of a recorded pass, at most
 
 
 @dataclass
@@ -182,7 +182,9 @@ class Slots:
             for buffer, values in zip(self.packed, (rows, slot, position, ends), strict=True):
                 values = values if isinstance(values, Tensor) else engine.send(values)
                 buffer[: len(values)] = values
-            self._replay_pass(room, compile)
+            # of attention's grid: a recording each thousand
+            longest = -(-max(*lengths, rest) // 1024) * 1024
+            self._replay_pass(room, longest, compile)
             return
         ends = torch.as_tensor(ends, dtype=torch.int32)
         if self.attention != "split":  # which reads them on the host
@@ -191,11 +193,11 @@ class Slots:
         slot, position = engine.send(slot), engine.send(position)
         engine.prefill(x, slot, position, documents, self.cache, self.rope, compile)
 
-    def _pass(self, room: int, compile: bool) -> None:
-        """A pass over what lies in `packed`."""
+    def _pass(self, room: int, longest: int, compile: bool) -> None:
+        """A pass over what lies in `packed`: so many positions, documents of at most `longest`."""
         *parts, ends = self.packed
         x, slot, position = (part[:room] for part in parts)
-        documents = Documents.of(self.attention, ends, room, room)
+        documents = Documents.of(self.attention, ends, longest, room)
         self.engine.prefill(x, slot, position, documents, self.cache, self.rope, compile)
 
     def _replay_pass(self, *key) -> None:

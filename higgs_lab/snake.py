@@ -31,8 +31,9 @@ def snake(
 ) -> tuple[Tensor, Tensor | None]:
     """y [B, C, T], a convolution's output without its bias [C]; alpha has C elements; ends [B].
 
-    Returns (the activation, y + bias + trunk if keep else None), both of y's dtype; of clip i only
-    the first ends[i] steps are filled, the activation's others are zero.
+    Returns (the activation, y + bias + trunk if keep else None), both of y's dtype and with
+    channels last if y has; of clip i only the first ends[i] steps are filled, the activation's
+    others are zero.
     """
     if y.is_cuda and y[0].numel() <= 2**31 - BLOCK and _works(y.device):
         with torch.cuda.device(y.device):
@@ -52,14 +53,19 @@ def snake_in_torch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor
 
 
 def _launch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor, Tensor | None]:
-    y, bias, alpha = y.contiguous(), bias.contiguous(), alpha.contiguous()
-    trunk = None if trunk is None else trunk.contiguous()
     clips, channels, steps = y.shape
+    last = y.stride(1) == 1 and y.transpose(1, 2).is_contiguous()
+
+    def laid(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if last else x.contiguous()
+
+    y, bias, alpha = laid(y), bias.contiguous(), alpha.contiguous()
+    trunk = None if trunk is None else laid(trunk)
     active, kept = torch.empty_like(y), torch.empty_like(y) if keep else None
     grid = (triton.cdiv(channels * steps, BLOCK), clips)
     _kernel[grid](y, bias, alpha, ends, trunk if trunk is not None else y, active,
-                  kept if keep else y, steps, channels * steps,
-                  HAS_TRUNK=trunk is not None, KEEP=keep, BLOCK=BLOCK)  # fmt: skip
+                  kept if keep else y, channels if last else steps, channels * steps,
+                  LAST=last, HAS_TRUNK=trunk is not None, KEEP=keep, BLOCK=BLOCK)  # fmt: skip
     return active, kept
 
 
@@ -85,14 +91,17 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        y, bias, alpha, ends, trunk, active, kept, steps, size,
-        HAS_TRUNK: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+        y, bias, alpha, ends, trunk, active, kept, row, size,
+        LAST: tl.constexpr, HAS_TRUNK: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         clip = tl.program_id(1)
-        base = clip.to(tl.int64) * size  # size: elements of a clip
+        base = clip.to(tl.int64) * size  # size: elements of a clip, row: of its last dimension
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         valid = at < size
-        channel = at // steps
+        if LAST:
+            channel, step = at % row, at // row
+        else:
+            channel, step = at // row, at % row
         x = tl.load(y + base + at, mask=valid, other=0.0).to(tl.float32)
         x += tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
         if HAS_TRUNK:
@@ -102,5 +111,5 @@ if triton is not None:
         a = tl.load(alpha + channel, mask=valid, other=1.0).to(tl.float32)
         wave = tl.sin(a * x)
         x += wave * wave / (a + 1e-9)
-        x = tl.where(at - channel * steps < tl.load(ends + clip), x, 0.0)
+        x = tl.where(step < tl.load(ends + clip), x, 0.0)
         tl.store(active + base + at, x.to(active.dtype.element_ty), mask=valid)

@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> Bench:
     args.positions = args.positions or (8192 if gpu else 2048)
     args.clips = args.clips or (10_000 if gpu else 300)
     args.compile = args.compile or gpu
+    if gpu:
+        torch.set_num_threads(1)  # as `accelerate launch` has it; see recipes/finetune.py
     parts = {"speed": speed, "memory": memory, "full": full, "data": data}
     for name in args.part.split(","):
         if name not in parts:

@@ -11,6 +11,7 @@ run.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -64,6 +65,10 @@ def train(config: TrainConfig) -> None:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
+    if accelerator.device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+        # as `accelerate launch` has it: over what little the host computes in a step, the threads
+        # of many cores wait for each other longer than one would need
+        torch.set_num_threads(1)
     say = accelerator.print
     world, rank = accelerator.num_processes, accelerator.process_index
     if accelerator.distributed_type not in DATA_PARALLEL:

@@ -14,7 +14,14 @@ import torch
 
 import higgs_lab.codec
 from higgs_lab.codec import Codec, arithmetic
-from higgs_lab.codec_fast import _normalised_alone, run_dac, semantic_frames, stage_lengths
+from higgs_lab.codec_fast import (
+    _normalised_alone,
+    _replaced,
+    grouped_convolution,
+    run_dac,
+    semantic_frames,
+    stage_lengths,
+)
 from tests.tiny import random_codes, voice_like
 
 # Under a second; whole frames, where the model pads nothing; and what it pads by half a frame.
@@ -45,16 +52,18 @@ def agreement(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("part", "steps"), [("acoustic_encoder", 4321), ("acoustic_decoder", 13)])
-def test_dacs_networks_are_the_models_own(codec, part, steps):
+def test_dacs_networks_are_the_models_own(codec, part, steps, channels_last):
     net = getattr(codec.model, part)
+    run = partial(run_dac, net, channels_last=channels_last)
     x = torch.randn(2, net.conv1.in_channels, steps, generator=torch.Generator().manual_seed(0))
     wanted = net(x)
     close = partial(torch.testing.assert_close, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
-    close(run_dac(net, x, [steps, steps]), wanted)
+    close(run(x, [steps, steps]), wanted)
     assert stage_lengths(net, steps)[-1] == wanted.shape[-1]
     # the second clip ends sooner; what stands behind its end is not seen
-    shorter = run_dac(net, x, [steps, steps - 5])
+    shorter = run(x, [steps, steps - 5])
     end = stage_lengths(net, steps - 5)[-1]
     close(shorter[0], wanted[0])
     close(shorter[1, :, :end], net(x[1:, :, : steps - 5])[0])
@@ -90,12 +99,26 @@ def test_other_threads_see_huberts_norm_as_it_is(codec):
     norm = codec.model.semantic_model.feature_extractor.conv_layers[0].layer_norm
     x = torch.randn(2, norm.num_channels, 50, generator=torch.Generator().manual_seed(0))
     wanted = norm(x)
-    with _normalised_alone(codec.model.semantic_model, [50, 20]), ThreadPoolExecutor(1) as pool:
+    alone = {norm: partial(_normalised_alone, norm, lengths=[50, 20])}
+    with _replaced(alone), ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(norm, x).result(), wanted)
         here = norm(x)
     torch.testing.assert_close(here[0], wanted[0])
     torch.testing.assert_close(here[1, :, :20], norm(x[1:, :, :20])[0])
     assert torch.equal(norm(x), wanted)
+
+
+@torch.no_grad()
+def test_huberts_grouped_convolution_is_products(codec):
+    conv = codec.model.semantic_model.encoder.pos_conv_embed.conv
+    assert conv.groups > 1 and conv.kernel_size[0] > 1
+    x = torch.randn(3, conv.in_channels, 41, generator=torch.Generator().manual_seed(0))
+    wanted = conv(x)
+    torch.testing.assert_close(grouped_convolution(conv, x), wanted, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = grouped_convolution(conv, x)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - wanted).norm() < 0.01 * wanted.norm()
 
 
 @pytest.mark.slow

@@ -195,9 +195,10 @@ def test_short_passes_over_prompts_are_filled_up_for_recording(talker, slow, mon
     """All that a GPU does but the recording itself: what fills a pass up changes nothing."""
     rooms = []
 
-    def replay(self, room, compile):
+    def replay(self, room, longest, compile):
         rooms.append(room)
-        self._pass(room, compile)
+        assert self.packed[-1].diff().max() <= longest
+        self._pass(room, longest, compile)
 
     monkeypatch.setattr(decoding.Slots, "_replay_pass", replay)
     monkeypatch.setattr(slots, "PASSES", (16, 48, 128))

@@ -48,8 +48,10 @@ for dtype in (torch.float32, torch.bfloat16):
     for steps in (1, 37, 700):
         y, bias, alpha, ends, trunk = activation_case(dtype, steps)
         bias = torch.stack([bias, bias], dim=1)[:, 0]  # not contiguous
-        for given in ((None, False), (trunk, True)):
-            made, kept = _launch(y, bias, alpha, ends, *given)
+        last = y.transpose(1, 2).contiguous().transpose(1, 2)
+        for given, where in (((None, False), y), ((trunk, True), y), ((trunk, True), last)):
+            made, kept = _launch(where, bias, alpha, ends, *given)
+            assert made.stride() == where.stride()
             wanted, whole = snake_in_torch(y, bias, alpha, ends, *given)
             torch.testing.assert_close(made, wanted)
             assert (kept is None) == (whole is None)
@@ -72,5 +74,8 @@ def test_the_kernel_is_what_pytorch_computes():
 def test_the_kernel_on_a_gpu(dtype):
     case = [tensor.cuda() for tensor in activation_case(dtype, 16_001)]
     assert _works(case[0].device)
-    for made, wanted in zip(snake(*case, keep=True), snake_in_torch(*case, keep=True), strict=True):
-        torch.testing.assert_close(made, wanted)
+    wanted = snake_in_torch(*case, keep=True)
+    last = case[0].transpose(1, 2).contiguous().transpose(1, 2)
+    for y in (case[0], last):
+        for made, whole in zip(snake(y, *case[1:], keep=True), wanted, strict=True):
+            torch.testing.assert_close(made, whole)
