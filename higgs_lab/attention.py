@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -122,7 +123,11 @@ def _varlen_call(device: torch.device) -> tuple[Callable, bool]:
     def call(q, k, v, cu, longest, scale):
         return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
 
-    return (operator, True) if _takes_groups(operator, device) else (call, False)
+    # In a thread of its own: a checkpointed block, in which it may be asked for first, counts what
+    # its own thread saves for the way back, and takes the trial's tensors for the block's.
+    with ThreadPoolExecutor(1) as pool:
+        grouped = pool.submit(_takes_groups, operator, device).result()
+    return (operator, True) if grouped else (call, False)
 
 
 def _takes_groups(operator: Callable, device: torch.device) -> bool:
