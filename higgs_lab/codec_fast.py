@@ -73,8 +73,8 @@ def run_dac(
     Every stage is an activation and what follows it, up to the next residual sum. channels_last: of
     all that lies between; None: on a GPU.
     """
-    if x.is_cuda if channels_last is None else channels_last:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    last = x.is_cuda if channels_last is None else channels_last
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if last else x.contiguous()
     stages = list(_stages(net))
     ends = torch.tensor([stage_lengths(net, n) for n in lengths], dtype=torch.int32).T.contiguous()
     ends = ends.to(x.device, non_blocking=True)  # [stages + 1, B]
@@ -120,21 +120,43 @@ def _length(conv: nn.Conv1d | nn.ConvTranspose1d, length: int) -> int:
 
 def _convolve(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
     """Without the bias, which the activation adds. Channels stay last if they are."""
-    weight, stride, padding = conv.weight, conv.stride, conv.padding
-    last = x.transpose(1, 2).is_contiguous() and x.stride(1) == 1
-    turned = isinstance(conv, nn.ConvTranspose1d)
-    if not last:
-        if turned:
-            return conv_transpose1d(x, weight, None, stride, padding, conv.output_padding)
-        return conv1d(x, weight, None, stride, padding, conv.dilation)
-    # only images have a layout of this kind
-    x, weight = x[:, :, None], weight[:, :, None]
-    options = dict(stride=(1, *stride), padding=(0, *padding))
-    if turned:
-        y = conv_transpose2d(x, weight, output_padding=(0, *conv.output_padding), **options)
+    if x.stride(1) == 1 and x.transpose(1, 2).is_contiguous():
+        return _convolve_last(conv, x)
+    if isinstance(conv, nn.ConvTranspose1d):
+        return conv_transpose1d(
+            x, conv.weight, None, conv.stride, conv.padding, conv.output_padding
+        )
+    return conv1d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation)
+
+
+def _convolve_last(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
+    """x [B, C, T] with C last in memory, by cuDNN's images: only they are known to be so laid.
+
+    Where many channels are far dilated, cuDNN now and then (512 channels of 1500 or 2000 steps in
+    bf16, H100) takes a kernel that is a thousand times slower: that is done without dilation.
+    """
+    stride, (padding,), (dilation,) = (1, *conv.stride), conv.padding, conv.dilation
+    weight, out = conv.weight[:, :, None], conv.out_channels
+    if isinstance(conv, nn.ConvTranspose1d):
+        shift = (0, *conv.output_padding)
+        y = conv_transpose2d(x[:, :, None], weight, None, stride, (0, padding), shift)
+    elif dilation > 3 and x.shape[1] >= 256 and stride == (1, 1):
+        phases = _phases(x, dilation)[:, :, None]
+        y = conv2d(phases, weight, None, stride, (0, padding // dilation))
+        y = y.contiguous(memory_format=torch.channels_last)[:, :, 0].transpose(1, 2)
+        y = y.view(len(x), dilation, -1, out).transpose(1, 2).reshape(len(x), -1, out)
+        return y[:, : x.shape[2]].contiguous().transpose(1, 2)
     else:
-        y = conv2d(x, weight, dilation=(1, *conv.dilation), **options)
+        y = conv2d(x[:, :, None], weight, None, stride, (0, padding), (1, dilation))
     return y.contiguous(memory_format=torch.channels_last)[:, :, 0]
+
+
+def _phases(x: Tensor, count: int) -> Tensor:
+    """x [B, C, T], C last -> [B * count, C, T / count], C last: every count-th step from each of
+    the first ones on, zeros behind the end."""
+    rows = pad(x.transpose(1, 2), (0, 0, 0, -x.shape[2] % count))
+    rows = rows.view(len(x), -1, count, x.shape[1]).transpose(1, 2)
+    return rows.reshape(len(x) * count, -1, x.shape[1]).transpose(1, 2)
 
 
 def encode_semantic(model: HiggsAudioV2TokenizerModel, x: Tensor, frames: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import higgs_lab.codec
 from higgs_lab.codec import Codec, arithmetic
 from higgs_lab.codec_fast import (
+    _convolve_last,
     _normalised_alone,
     _replaced,
     grouped_convolution,
@@ -67,6 +68,16 @@ def test_dacs_networks_are_the_models_own(codec, part, steps, channels_last):
     end = stage_lengths(net, steps - 5)[-1]
     close(shorter[0], wanted[0])
     close(shorter[1, :, :end], net(x[1:, :, : steps - 5])[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [30, 36, 5])
+def test_what_is_far_dilated_is_taken_apart(steps):
+    conv = torch.nn.Conv1d(256, 4, 7, padding=27, dilation=9, bias=False)
+    x = torch.randn(2, steps, 256, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    made = _convolve_last(conv, x)
+    assert made.stride(1) == 1
+    torch.testing.assert_close(made, conv(x))
 
 
 @pytest.mark.parametrize("samples", [24_000, 24_001, 24_120, 24_121, 24_959, 24_960, 50_000])
