@@ -8,8 +8,9 @@ rounding alone. What is done here that the model's own forward cannot:
 * A batch may hold clips of different lengths. Alone, a clip is followed by each convolution's zero
   padding; in a batch what lies behind its end is set to zero before every convolution, HuBERT
   attends to its frames only, and the one normalisation over time takes each clip by itself.
-* On a GPU DAC's tensors have their channels last, as its matrix units want them, and HuBERT's one
-  grouped convolution, for which cuDNN has no kernel on them in half precision, is matrix products.
+* On a GPU what convolutions read and write has its channels last, as the matrix units want it;
+  HuBERT's grouped convolution, for which cuDNN has no kernel on them in half precision, and those
+  of a single channel are matrix products.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 import torch
 import torchaudio
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.functional import (
     conv1d,
     conv2d,
@@ -191,16 +193,16 @@ def _hubert_lengths(model: HiggsAudioV2TokenizerModel, samples: Sequence[int]) -
 def _hubert(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[int]) -> Tensor:
     """`model._extract_semantic_features` of clips of any length."""
     config, hubert = model.config, model.semantic_model
-    replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    at_rate, with_margins, first = _hubert_lengths(model, samples)[:3]
+    extractor, places = hubert.feature_extractor, hubert.encoder.pos_conv_embed.conv
+    replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+        extractor: partial(extract_features, extractor, lengths=first)
+    }
     if wavs.is_cuda:
-        places = hubert.encoder.pos_conv_embed.conv
         replaced[places] = partial(grouped_convolution, places)
     if min(samples) == wavs.shape[-1]:
         with _replaced(replaced):
             return model._extract_semantic_features(wavs[:, None])
-    at_rate, with_margins, first = _hubert_lengths(model, samples)[:3]
-    norm = hubert.feature_extractor.conv_layers[0].layer_norm
-    replaced[norm] = partial(_normalised_alone, norm, lengths=first)
     x = torchaudio.functional.resample(wavs, config.sample_rate, config.semantic_sample_rate)
     ends = torch.tensor(at_rate, device=x.device)[:, None]
     x = x * (torch.arange(x.shape[-1], device=x.device) < ends)  # the filter's tail
@@ -212,8 +214,59 @@ def _hubert(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[i
     return torch.stack(hidden, dim=1).mean(dim=1)[:, :: config.semantic_downsample_factor]
 
 
+def extract_features(
+    extractor: nn.Module, x: Tensor, lengths: Sequence[int], channels_last: bool | None = None
+) -> Tensor:
+    """HuBERT's convolutions: x [B, n] -> [B, C, T], where each clip's norm sees its own steps.
+
+    lengths: steps of each clip behind the first convolution. channels_last: None: on a GPU.
+    """
+    last = x.is_cuda if channels_last is None else channels_last
+    x = x[:, None]
+    for i, layer in enumerate(extractor.conv_layers):
+        x = (_of_one_channel if last and i == 0 else _convolve)(layer.conv, x)
+        if layer.conv.bias is not None:
+            x = x + layer.conv.bias[:, None].to(x.dtype)
+        if i == 0:
+            normalise = _normalised if last else _normalised_alone
+            x = normalise(layer.layer_norm, x, lengths)
+        x = layer.activation(x)
+    return x
+
+
+def _of_one_channel(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """x [B, 1, T] -> [B, C, steps], C last: a product, which is a third of cuDNN's time."""
+    (width,), (stride,) = conv.kernel_size, conv.stride
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    rest = -width % 8  # rows of 16 bytes for the matrix units
+    windows = pad(x[:, 0], (*conv.padding, *conv.padding)).unfold(1, width, stride)
+    sums = pad(conv.weight[:, 0], (0, rest)).to(x.dtype)
+    return (pad(windows, (0, rest)) @ sums.t()).transpose(1, 2)
+
+
+def _normalised(norm: nn.GroupNorm, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`_normalised_alone` with channels last, a group each; behind a clip's end anything."""
+    rows = x.transpose(1, 2)  # [B, T, C]
+    count = torch.tensor(lengths, dtype=torch.float32, device=x.device)[:, None]
+    parts = (
+        [rows]
+        if min(lengths) == rows.shape[1]
+        else [row[None, :n] for row, n in zip(rows, lengths, strict=True)]
+    )
+    total = torch.cat([part.sum(1, dtype=torch.float32) for part in parts])
+    power = torch.cat([vector_norm(part, dim=1, dtype=torch.float32) for part in parts]).square()
+    mean = total / count
+    scale = norm.weight * (power / count - mean.square() + norm.eps).rsqrt()  # [B, C]
+    shift = norm.bias - mean * scale
+    scale, shift = (t[:, None].to(x.dtype) for t in (scale, shift))
+    return torch.addcmul(shift, rows, scale).transpose(1, 2)
+
+
 def _normalised_alone(norm: nn.GroupNorm, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """HuBERT's group norm, whose statistics are over time, of each clip's own steps."""
+    if min(lengths) == x.shape[-1]:
+        return norm(x)
     made = [
         group_norm(clip[None, :, :n], norm.num_groups, norm.weight, norm.bias, norm.eps)
         for clip, n in zip(x, lengths, strict=True)

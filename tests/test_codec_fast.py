@@ -16,8 +16,8 @@ import higgs_lab.codec
 from higgs_lab.codec import Codec, arithmetic
 from higgs_lab.codec_fast import (
     _convolve_last,
-    _normalised_alone,
     _replaced,
+    extract_features,
     grouped_convolution,
     run_dac,
     semantic_frames,
@@ -106,17 +106,35 @@ def test_neither_neighbours_nor_silence_behind_the_longest_change_a_clip(codec, 
 
 
 @torch.no_grad()
-def test_other_threads_see_huberts_norm_as_it_is(codec):
-    norm = codec.model.semantic_model.feature_extractor.conv_layers[0].layer_norm
-    x = torch.randn(2, norm.num_channels, 50, generator=torch.Generator().manual_seed(0))
-    wanted = norm(x)
-    alone = {norm: partial(_normalised_alone, norm, lengths=[50, 20])}
-    with _replaced(alone), ThreadPoolExecutor(1) as pool:
-        assert torch.equal(pool.submit(norm, x).result(), wanted)
-        here = norm(x)
-    torch.testing.assert_close(here[0], wanted[0])
-    torch.testing.assert_close(here[1, :, :20], norm(x[1:, :, :20])[0])
-    assert torch.equal(norm(x), wanted)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_huberts_features_are_of_each_clip_alone(codec, channels_last):
+    extractor = codec.model.semantic_model.feature_extractor
+    first = extractor.conv_layers[0].conv
+    (width,), (stride,) = first.kernel_size, first.stride
+    wavs = torch.from_numpy(np.stack([voice_like(0.4, seed=i) for i in range(2)])).float()
+    samples = [wavs.shape[1], wavs.shape[1] - 1234]
+    lengths = [(n - width) // stride + 1 for n in samples]
+    run = partial(extract_features, extractor, channels_last=channels_last)
+    close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
+    wanted = extractor(wavs)
+    close(run(wavs, lengths=lengths[:1] * 2), wanted)
+    made, shorter = run(wavs, lengths=lengths), extractor(wavs[1:, : samples[1]])
+    close(made[0], wanted[0])
+    close(made[1, :, : shorter.shape[2]], shorter[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(wavs, lengths=lengths)[0]
+    assert (half.float() - wanted[0]).norm() < 0.03 * wanted[0].norm()
+
+
+@torch.no_grad()
+def test_other_threads_see_modules_as_they_are(codec):
+    module = codec.model.semantic_model.feature_extractor.conv_layers[0].layer_norm
+    x = torch.randn(2, module.num_channels, 50, generator=torch.Generator().manual_seed(0))
+    wanted = module(x)
+    with _replaced({module: torch.neg}), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(module, x).result(), wanted)
+        assert torch.equal(module(x), -x)
+    assert torch.equal(module(x), wanted)
 
 
 @torch.no_grad()
