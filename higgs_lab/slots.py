@@ -248,23 +248,16 @@ class Slots:
         mine = self.vllm[part]
         named = {"vllm": mine, "sglang": ~mine}
         named = {mode: named[mode] for mode in modes}
-        at = self.step[part]
-        choose = engine.compiled(next_row, size) if compile else next_row
+        noted = [self.out[part]] if self.chances is None else [self.out[part], self.chances[part]]
+        own = [self.step, self.limit, self.position, self.active, self.ended, self.fed]
+        own = [number, *(t[part] for t in own)]
+        finish = engine.compiled(take_row, size) if compile else take_row
         if compile:
-            several = (*vars(options).values(), *vars(state).values(), *named.values())
-            engine.any_batch(size, logits, at, *several)
-        row, after, masked = choose(logits, options, state, at, named, draw)
-        self.out[number, at] = row.short()
-        if self.chances is not None:
-            self.chances[number, at] = chosen_log_probs(masked, row, options)
-        active = self.active[part]
-        self.ended[part] |= active & after.done
-        self.step[part] += active
-        active &= ~after.done & (self.step[part] < self.limit[part])  # in place: it is a view
-        self.position[part] += active
-        for name, value in vars(after).items():
-            getattr(self.state, name)[part] = value
-        self.fed[part] = engine.embed_rows(row)
+            several = (*vars(options).values(), *vars(state).values(), *named.values(), *own)
+            engine.any_batch(size, logits, *noted, *several)
+            for tensor in noted:  # as many rows as the longest request of a call
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        finish(logits, options, state, named, draw, noted, *own, engine.table, engine.offsets)
 
     def _logits(self, size: int, length: int, compile: bool, exact: bool) -> Tensor:
         """The blocks of `step_once`, and the head."""
@@ -328,6 +321,42 @@ class Slots:
         with torch.cuda.device(self.engine.device), torch.cuda.graph(graph, **options):
             function(*arguments)
         return graph
+
+
+def take_row(
+    logits: Tensor,
+    options: SamplingTensors,
+    state: RampState,
+    modes: dict[str, Tensor],
+    draw: bool,
+    noted: list[Tensor],
+    number: Tensor,
+    step: Tensor,
+    limit: Tensor,
+    position: Tensor,
+    active: Tensor,
+    ended: Tensor,
+    fed: Tensor,
+    table: Tensor,
+    offsets: Tensor,
+) -> None:
+    """The end of a step: choose a row from logits [B, K, V] and go on from it, all in place.
+
+    noted: rows [B, S, K], and log-probabilities where wanted. One function, so that compiled it is
+    few kernels: what each of a step's many small ones takes is its start.
+    """
+    row, after, masked = next_row(logits, options, state, step, modes, draw)
+    noted[0][number, step] = row.short()
+    if len(noted) > 1:
+        noted[1][number, step] = chosen_log_probs(masked, row, options)
+    ended |= active & after.done
+    step += active
+    active &= ~after.done & (step < limit)
+    position += active
+    state.delay.copy_(after.delay)  # by name: torch 2.11's compiler knows no vars()
+    state.countdown.copy_(after.countdown)
+    state.done.copy_(after.done)
+    fed.copy_(F.embedding(row + offsets, table).sum(dim=-2))
 
 
 def requests_of(
