@@ -134,8 +134,8 @@ def _convolve(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
 def _convolve_last(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
     """x [B, C, T] with C last in memory, by cuDNN's images: only they are known to be so laid.
 
-    Where many channels are far dilated, cuDNN now and then (512 channels of 1500 or 2000 steps in
-    bf16, H100) takes a kernel that is a thousand times slower: that is done without dilation.
+    Where many channels are far dilated, cuDNN now and then takes a kernel that is hundreds of times
+    slower (512 channels of 1500 or 2000 steps in bf16, H100): that is done without dilation.
     """
     stride, (padding,), (dilation,) = (1, *conv.stride), conv.padding, conv.dilation
     weight, out = conv.weight[:, :, None], conv.out_channels

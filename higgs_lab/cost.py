@@ -117,7 +117,8 @@ def training_gib(
         # x, the sum with attention, qkv, the same rotated, attention, gate and up
         "none": 2 * D + 2 * shape.qkv + shape.attended + 2 * F,
         "selective": 2 * D + 2 * shape.qkv + shape.attended,
-        "full": 2 * D,
+        # QLoRA's blocks are modules: what goes into each of them
+        "full": D if method == "qlora" else 2 * D,
     }[checkpointing]
     activations = 2 * positions * shape.layers * kept
     # one block on the way back: gate and up, their gradients, two products of them; text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from higgs_lab.adapter import attach_lora
@@ -40,3 +41,23 @@ def test_memory_falls_with_checkpointing_and_rises_with_all_else():
     assert most_positions(SHAPE_4B, "full", 16, "full", 24.0) == 0
     eight = training_gib(SHAPE_4B, "full", 0, 8192, "full", "adamw8bit")["total"]
     assert total("full", checkpointing="full") - eight > 20
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "positions", "measured"),
+    [
+        ("qlora", "full", 2048, 3.00),
+        ("qlora", "full", 4096, 3.73),
+        ("qlora", "full", 8192, 5.21),
+        ("qlora", "full", 16384, 8.18),
+        ("lora", "full", 4096, 9.59),
+        ("lora", "full", 16384, 15.99),
+        ("lora", "selective", 8192, 20.58),
+        ("lora", "none", 4096, 19.18),
+        ("lora", "none", 16384, 54.32),
+    ],
+)
+def test_the_sum_is_near_what_a_card_needed(method, checkpointing, positions, measured):
+    """Peaks of tensors on an H100 (docs/performance.md), where no reserve counts."""
+    need = training_gib(SHAPE_4B, method, 16, positions, checkpointing)["total"] - RESERVE_GIB
+    assert abs(need / measured - 1) < 0.06
