@@ -25,7 +25,14 @@ from recipes.nano.data import (
 )
 from recipes.nano.espeak import speak
 from recipes.nano.texts import LANGUAGES, NUMBER, draw_text, split_of
-from recipes.nano.voices import DEMO_VOICE, GENUINE, HELD_OUT_GENUINE, all_voices, made_variant
+from recipes.nano.voices import (
+    DEMO_VOICE,
+    GENUINE,
+    HELD_OUT_GENUINE,
+    WHISPERS,
+    all_voices,
+    made_variant,
+)
 from tests.conftest import ROOT
 
 
@@ -77,6 +84,16 @@ def test_drawn_voices_are_all_different_and_always_the_same():
     texts = [made_variant(n) for n in range(200)]
     assert len(set(texts)) == 200 and texts == [made_variant(n) for n in range(200)]
     assert {f"gender {g}" in t for t in texts[::2] for g in ("male",)} == {True}
+
+
+def test_whispers_are_drawn_for_training_alone():
+    names = {f"made{number}" for number in WHISPERS}
+    assert {voice.split for voice in all_voices() if voice.name in names} == {"train"}
+    assert names <= {voice.name for voice in all_voices()}
+    texts = [made_variant(number).splitlines() for number in WHISPERS]
+    assert all([line for line in text if "voicing" in line] == ["voicing 0"] for text in texts)
+    assert sum("klatt 6" in text for text in texts) == len(WHISPERS) // 2
+    assert "voicing 0" not in made_variant(0) + made_variant(9000)
 
 
 def test_tags_are_heard():

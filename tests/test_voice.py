@@ -63,10 +63,7 @@ def test_fine_tuning_brings_the_voice_nearer(gains):
 
 
 def test_fine_tuning_keeps_the_words(gains):
-    assert gains[0]["error"]["value"] <= 0.03, gains[0]
-
-
-def test_fine_tuning_keeps_the_words_without_a_reference(gains):
-    """-1.6, +3.5 and 0 points by three seeds of speaking: of 40 texts two may fail by chance, so it
-    is the interval that must not lie above the 3 points."""
-    assert gains[1]["error"]["low"] <= 0.03, gains[1]
+    """With the reference and without; by three seeds of speaking 2.0, 2.3 and 0.4 points, 1.6, 2.3
+    and 0.4 points."""
+    for found in gains:
+        assert found["error"]["value"] <= 0.03, found
