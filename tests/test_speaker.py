@@ -96,7 +96,9 @@ def test_a_local_copy_of_a_published_encoder_needs_no_network(folder, tmp_path, 
 
 def test_loaded_modules_can_all_be_looked_at(encoder):
     """SpeechBrain leaves stand-ins in sys.modules that import k2 when touched, and fail."""
-    for module in list(sys.modules.values()):
+    loaded = [m for name, m in sys.modules.items() if name.split(".")[0] == "speechbrain"]
+    assert loaded  # not all modules: transformers 5.13 has such stand-ins too, for torchvision
+    for module in loaded:
         getattr(module, "no_such_attribute", None)
 
 
