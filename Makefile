@@ -1,5 +1,6 @@
 # make demo   set-up, then a voice from recordings to a checked export (DATA=folder for your own)
-# make test   set-up, then the test suite; test-serve adds a real vLLM-Omni server on the CPU
+# make test   set-up, then the test suite; test-serve adds a real vLLM-Omni server on the CPU,
+#             test-oldest the oldest versions that pyproject.toml allows
 # Nothing is assumed installed but git, make and Python 3.11 or newer with pip.
 
 PYTHON ?= python3
@@ -13,22 +14,30 @@ OPTIONS ?=
 NANO ?= runs/nano
 NANO_OPTIONS = --out $(NANO) $(if $(DATA),--data $(DATA))
 ENGINES := vllm-omni==0.30.0 sglang-omni==0.1.9
+# What leans most on torch and the libraries around it, in minutes.
+OLDEST := decoding fused generate talker attention codec_fast adapter speaker
+# Of these a new Python has no wheel as old as pyproject.toml allows: then the oldest there is.
+WHEELS := numpy scipy matplotlib opencc
 
 BIN := .venv/bin
 UV := $(BIN)/uv
 PY := $(BIN)/python
 SERVE_PY := .venv-serve/bin/python
+OLDEST_PY := .venv-oldest/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines serve-env demo notebooks test test-serve validate nano lint clean
+.PHONY: help setup engines serve-env oldest-env demo notebooks \
+  test test-serve test-oldest validate nano lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
-	@echo "targets: setup engines serve-env demo notebooks test test-serve validate nano lint clean"
+	@sed -n 's/^# //p' Makefile | head -4
+	@echo "targets: setup engines serve-env oldest-env demo notebooks"
+	@echo "         test test-serve test-oldest validate nano lint clean"
 
 setup: .venv/.ready
 engines: .engines/.ready
 serve-env: .venv-serve/.ready
+oldest-env: .venv-oldest/.ready
 
 # uv, not pip: torchaudio's wheels load beside the CUDA build of torch alone, and uv fetches it in
 # seconds. uv itself comes through pip, into the project's own environment.
@@ -63,6 +72,14 @@ serve-env: .venv-serve/.ready
 	  --requirement serve/cpu/requirements.txt ./serve/cpu ./serve/lora
 	@touch $@
 
+# A third: everything pyproject.toml names at its lower bound. Made anew, since what is installed
+# already and still allowed would stay.
+.venv-oldest/.ready: .venv/.ready
+	$(UV) venv --quiet --clear --python $(PY) .venv-oldest
+	$(UV) pip install --quiet --python $(OLDEST_PY) --resolution lowest-direct \
+	  $(WHEELS:%=--only-binary %) --editable '.[dev]'
+	@touch $@
+
 demo: setup
 	$(PY) -m recipes.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(OPTIONS)
 
@@ -72,6 +89,12 @@ test: setup engines
 
 test-serve: setup engines serve-env
 	$(PY) -m pytest -m serve $(PYTEST)
+
+# The newest versions that pyproject.toml allows are those of .venv: `make test` runs with them.
+test-oldest: setup oldest-env
+	@$(UV) pip freeze --quiet --python $(OLDEST_PY) | grep -E '^(torch|transformers|accelerate|peft)='
+	$(OLDEST_PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu" \
+	  $(OLDEST:%=tests/test_%.py) $(PYTEST)
 
 # Rebuilds the nano family: three trainings of nine minutes on a GPU, while 16 cores make 43 hours of
 # speech. NANO=folder for the logs, DATA=folder for the speech (8 GB; a RAM disk if there is one).
@@ -96,4 +119,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-serve .engines
+	rm -rf .venv .venv-serve .venv-oldest .engines
