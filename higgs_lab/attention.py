@@ -134,7 +134,7 @@ def _takes_groups(operator: Callable, device: torch.device) -> bool:
     """Whether grouped heads give what repeated ones do, gradients too."""
     if device.type != "cuda":
         return False
-    with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+    with torch.cuda.device(device), torch.enable_grad(), torch.autocast("cuda", enabled=False):
         generator = torch.Generator(device).manual_seed(0)
         q, k, v = (
             torch.randn(40, heads, 64, generator=generator, device=device, dtype=torch.bfloat16)
@@ -179,9 +179,7 @@ class Documents:
             return cls(kind, cu_seqlens, max_seqlen, mask=packed_mask(cu_seqlens, length))
         if kind == "flex":
             return cls(kind, cu_seqlens, max_seqlen, block_mask=block_mask(cu_seqlens, length))
-        # one value for almost all packs, so that nothing is compiled anew; the kernel's blocks
-        # beyond a document's end return at once
-        return cls(kind, cu_seqlens, -(-max_seqlen // 1024) * 1024)
+        return cls(kind, cu_seqlens, bound_of(max_seqlen))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [L, H, d], k and v [L, H_kv, d] -> [L, H, d]."""
@@ -198,6 +196,15 @@ class Documents:
                 *one, attn_mask=self.mask, enable_gqa=grouped
             )
         return out[0].transpose(0, 1)
+
+
+def bound_of(longest: int) -> int:
+    """What varlen attention is told of the longest document.
+
+    One value for almost all packs, so that nothing is compiled or recorded anew; the kernel's
+    blocks beyond a document's end return at once.
+    """
+    return -(-longest // 1024) * 1024
 
 
 KINDS = ("varlen", "flex", "sdpa", "split")

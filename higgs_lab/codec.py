@@ -129,9 +129,10 @@ class Codec:
         for i, wav in enumerate(clips):
             by_length[max(len(wav), self._shortest)].append(i)
         codes: list[Tensor | None] = [None] * len(clips)
-        for part in self._batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged):
+        second = self._planned(self.sample_rate_hz, ragged)
+        for part in batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged, second):
             lengths = [max(len(clips[i]), self._shortest) for i in part]
-            longest = self._rounded(max(lengths), self.sample_rate_hz) if ragged else lengths[0]
+            longest = rounded(max(lengths), second)
             batch = self._batch([clips[i] for i in part], longest)
             made = self._encode(batch, lengths, precision).cpu()
             for i, row, frames in zip(
@@ -154,34 +155,9 @@ class Codec:
             codes = self.model.quantizer.encode(hidden, self.model.config.target_bandwidths[-1])
         return codes.permute(1, 2, 0).contiguous()  # [K, B, T]
 
-    def _rounded(self, length: int, second: int) -> int:
-        """On a GPU up to whole seconds, from 16 s on up to an eighth of the length or less.
-
-        cuDNN plans every shape anew, which takes it longer than decoding does: few may come.
-        """
-        if self.device.type != "cuda":
-            return length
-        step = second << max(0, (length // second).bit_length() - 4)
-        return -(-length // step) * step
-
-    def _batches(
-        self, by_length: dict[int, list[int]], max_length: int, ragged: bool
-    ) -> Iterator[list[int]]:
-        """Indices that go together, of one length or, ragged, of neighbouring ones.
-
-        Those are 1, 2, 4, 8 and so on where `_rounded` rounds, for the same reason.
-        """
-        groups = [by_length[length] for length in sorted(by_length, reverse=True)]
-        if ragged:
-            groups = [[i for group in groups for i in group]]
-        length = {i: n for n, members in by_length.items() for i in members}
-        for group in groups:
-            while group:  # the first is the longest
-                size = max(1, min(len(group), max_length // length[group[0]]))
-                if ragged and self.device.type == "cuda":
-                    size = 1 << size.bit_length() - 1
-                yield group[:size]
-                group = group[size:]
+    def _planned(self, second: int, ragged: bool) -> int:
+        """`second` of `rounded` and `batches` where shapes shall be few, else 0."""
+        return second if ragged and self.device.type == "cuda" else 0
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """codes [T, K] -> float32 [T * samples_per_frame]; T = 0 gives an empty wave."""
@@ -216,10 +192,10 @@ class Codec:
             by_length[len(clip)].append(i)
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
         by_length.pop(0, None)
-        for part in self._batches(by_length, max_batch_frames, ragged):
+        second = self._planned(self.sample_rate_hz // self.samples_per_frame, ragged)
+        for part in batches(by_length, max_batch_frames, ragged, second):
             lengths = [len(codes[i]) for i in part]
-            second = self.sample_rate_hz // self.samples_per_frame
-            longest = self._rounded(max(lengths), second) if ragged else lengths[0]
+            longest = rounded(max(lengths), second)
             rows = [torch.nn.functional.pad(codes[i].long().T, (0, longest - len(codes[i])))
                     for i in part]  # fmt: skip
             out = self._decode(torch.stack(rows).to(self.device), lengths, precision)
@@ -236,7 +212,9 @@ class Codec:
             with torch.autocast(self.device.type, enabled=False):  # little work, done well
                 hidden = self.model.quantizer.decode(batch.transpose(0, 1))
                 hidden = self.model.fc2(hidden.transpose(1, 2)).transpose(1, 2)
-            out = run_dac(self.model.acoustic_decoder, hidden, lengths)[:, 0].float()
+            on_gpu = hidden.is_cuda
+            out = run_dac(self.model.acoustic_decoder, hidden, lengths, channels_last=on_gpu)
+            out = out[:, 0].float()
         if precision == "fp16" and not bool(torch.isfinite(out).all()):
             return self._decode(batch, lengths, "tf32")
         return out
@@ -322,6 +300,37 @@ def _switches(matmul_tf32: bool | None, convolution_tf32: bool):
             if matmul_tf32 is not None:
                 matmul.allow_tf32 = saved[0]
             cudnn.allow_tf32, cudnn.benchmark = saved[1:]
+
+
+def rounded(length: int, second: int) -> int:
+    """length up to whole seconds, from 16 s on by an eighth of it at most; second 0: as it is.
+
+    cuDNN plans every new shape, which takes it longer than the work on it: few may come.
+    """
+    if not second:
+        return length
+    step = second << max(0, (length // second).bit_length() - 4)
+    return -(-length // step) * step
+
+
+def batches(
+    by_length: dict[int, list[int]], max_length: int, ragged: bool, second: int = 0
+) -> Iterator[list[int]]:
+    """Indices that go together, of one length or, ragged, of neighbouring ones.
+
+    As many as max_length holds, padding included; where lengths are `rounded` 1, 2, 4, 8 and so on.
+    """
+    groups = [by_length[length] for length in sorted(by_length, reverse=True)]
+    if ragged:
+        groups = [[i for group in groups for i in group]]
+    length = {i: n for n, members in by_length.items() for i in members}
+    for group in groups:
+        while group:  # the first is the longest
+            size = max(1, min(len(group), max_length // rounded(length[group[0]], second)))
+            if second:
+                size = 1 << size.bit_length() - 1
+            yield group[:size]
+            group = group[size:]
 
 
 def codec_config(state: dict[str, Tensor], base: dict) -> dict:

@@ -8,9 +8,9 @@ rounding alone. What is done here that the model's own forward cannot:
 * A batch may hold clips of different lengths. Alone, a clip is followed by each convolution's zero
   padding; in a batch what lies behind its end is set to zero before every convolution, HuBERT
   attends to its frames only, and the one normalisation over time takes each clip by itself.
-* On a GPU what convolutions read and write has its channels last, as the matrix units want it;
-  HuBERT's grouped convolution, for which cuDNN has no kernel on them in half precision, and those
-  of a single channel are matrix products.
+* On a GPU what DAC's decoder and HuBERT's convolutions read and write has its channels last, as the
+  matrix units want it. HuBERT's grouped convolution, for which cuDNN has no kernel on them in half
+  precision, and its first, of a single channel, are matrix products.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch.nn.functional import (
 )
 from transformers import HiggsAudioV2TokenizerModel
 
-from higgs_lab.snake import snake
+from higgs_lab.snake import is_channels_last, lay_channels_last, snake
 
 
 def embed_clips(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[int]) -> Tensor:
@@ -68,20 +68,18 @@ def semantic_frames(model: HiggsAudioV2TokenizerModel, samples: Sequence[int]) -
 
 
 def run_dac(
-    net: nn.Module, x: Tensor, lengths: Sequence[int], channels_last: bool | None = None
+    net: nn.Module, x: Tensor, lengths: Sequence[int], channels_last: bool = False
 ) -> Tensor:
     """DAC's encoder or decoder: x [B, C, T], of clip i only the first lengths[i] steps counting.
 
-    Every stage is an activation and what follows it, up to the next residual sum. channels_last: of
-    all that lies between; None: on a GPU.
+    Every stage is an activation and what follows it, up to the next residual sum. channels_last: in
+    memory, of all that lies between.
     """
-    last = x.is_cuda if channels_last is None else channels_last
-    x = x.transpose(1, 2).contiguous().transpose(1, 2) if last else x.contiguous()
     stages = list(_stages(net))
     ends = torch.tensor([stage_lengths(net, n) for n in lengths], dtype=torch.int32).T.contiguous()
     ends = ends.to(x.device, non_blocking=True)  # [stages + 1, B]
     inside = torch.arange(x.shape[-1], device=x.device) < ends[0][:, None]
-    y, bias, trunk = _convolve(net.conv1, x * inside[:, None]), net.conv1.bias, None
+    y, bias, trunk = _begin(net.conv1, x * inside[:, None], channels_last), net.conv1.bias, None
     for end, stage in zip(ends[1:], stages, strict=False):
         unit = hasattr(stage[0], "snake2")
         first = stage[0].snake1 if unit else stage[0]
@@ -120,9 +118,16 @@ def _length(conv: nn.Conv1d | nn.ConvTranspose1d, length: int) -> int:
     return (length + 2 * padding - conv.dilation[0] * (kernel - 1) - 1) // stride + 1
 
 
+def _begin(conv: nn.Conv1d, x: Tensor, channels_last: bool) -> Tensor:
+    """`_convolve` where the layout of all that follows is chosen."""
+    if not channels_last:
+        return _convolve(conv, x.contiguous())
+    return _of_one_channel(conv, x) if x.shape[1] == 1 else _convolve(conv, lay_channels_last(x))
+
+
 def _convolve(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
     """Without the bias, which the activation adds. Channels stay last if they are."""
-    if x.stride(1) == 1 and x.transpose(1, 2).is_contiguous():
+    if is_channels_last(x) and x.shape[1] > 1:
         return _convolve_last(conv, x)
     if isinstance(conv, nn.ConvTranspose1d):
         return conv_transpose1d(
@@ -142,7 +147,7 @@ def _convolve_last(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
     if isinstance(conv, nn.ConvTranspose1d):
         shift = (0, *conv.output_padding)
         y = conv_transpose2d(x[:, :, None], weight, None, stride, (0, padding), shift)
-    elif dilation > 3 and x.shape[1] >= 256 and stride == (1, 1):
+    elif dilation > 3 and x.shape[1] >= 256 and stride == (1, 1) and _keeps_length(conv):
         phases = _phases(x, dilation)[:, :, None]
         y = conv2d(phases, weight, None, stride, (0, padding // dilation))
         y = y.contiguous(memory_format=torch.channels_last)[:, :, 0].transpose(1, 2)
@@ -151,6 +156,10 @@ def _convolve_last(conv: nn.Conv1d | nn.ConvTranspose1d, x: Tensor) -> Tensor:
     else:
         y = conv2d(x[:, :, None], weight, None, stride, (0, padding), (1, dilation))
     return y.contiguous(memory_format=torch.channels_last)[:, :, 0]
+
+
+def _keeps_length(conv: nn.Conv1d) -> bool:
+    return 2 * conv.padding[0] == conv.dilation[0] * (conv.kernel_size[0] - 1)
 
 
 def _phases(x: Tensor, count: int) -> Tensor:
@@ -190,15 +199,26 @@ def _hubert_lengths(model: HiggsAudioV2TokenizerModel, samples: Sequence[int]) -
     return lengths
 
 
-def _hubert(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[int]) -> Tensor:
-    """`model._extract_semantic_features` of clips of any length."""
+def _hubert(
+    model: HiggsAudioV2TokenizerModel,
+    wavs: Tensor,
+    samples: Sequence[int],
+    for_gpu: bool | None = None,
+) -> Tensor:
+    """`model._extract_semantic_features` of clips of any length.
+
+    for_gpu: with what is fast there; None: where wavs are on one.
+    """
     config, hubert = model.config, model.semantic_model
+    for_gpu = wavs.is_cuda if for_gpu is None else for_gpu
+    if config.semantic_model_config.feat_extract_norm != "group":
+        raise ValueError("a HuBERT without a group norm is not of a Higgs v2 tokenizer")
     at_rate, with_margins, first = _hubert_lengths(model, samples)[:3]
     extractor, places = hubert.feature_extractor, hubert.encoder.pos_conv_embed.conv
     replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {
-        extractor: partial(extract_features, extractor, lengths=first)
+        extractor: partial(extract_features, extractor, lengths=first, channels_last=for_gpu)
     }
-    if wavs.is_cuda:
+    if for_gpu:
         replaced[places] = partial(grouped_convolution, places)
     if min(samples) == wavs.shape[-1]:
         with _replaced(replaced):
@@ -215,20 +235,23 @@ def _hubert(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequence[i
 
 
 def extract_features(
-    extractor: nn.Module, x: Tensor, lengths: Sequence[int], channels_last: bool | None = None
+    extractor: nn.Module, x: Tensor, lengths: Sequence[int], channels_last: bool = False
 ) -> Tensor:
     """HuBERT's convolutions: x [B, n] -> [B, C, T], where each clip's norm sees its own steps.
 
-    lengths: steps of each clip behind the first convolution. channels_last: None: on a GPU.
+    x is zero behind each clip's end. lengths: steps of each clip behind the first convolution.
     """
-    last = x.is_cuda if channels_last is None else channels_last
+    if channels_last:
+        # The first convolution pads nothing, so its norm sees no constant; sums of squares would.
+        steps = torch.tensor(lengths, dtype=x.dtype, device=x.device)
+        x = x - (x.sum(1) / (steps * extractor.conv_layers[0].conv.stride[0]))[:, None]
     x = x[:, None]
     for i, layer in enumerate(extractor.conv_layers):
-        x = (_of_one_channel if last and i == 0 else _convolve)(layer.conv, x)
+        x = _begin(layer.conv, x, channels_last) if i == 0 else _convolve(layer.conv, x)
         if layer.conv.bias is not None:
             x = x + layer.conv.bias[:, None].to(x.dtype)
         if i == 0:
-            normalise = _normalised if last else _normalised_alone
+            normalise = _normalised if channels_last else _normalised_alone
             x = normalise(layer.layer_norm, x, lengths)
         x = layer.activation(x)
     return x
@@ -257,7 +280,8 @@ def _normalised(norm: nn.GroupNorm, x: Tensor, lengths: Sequence[int]) -> Tensor
     total = torch.cat([part.sum(1, dtype=torch.float32) for part in parts])
     power = torch.cat([vector_norm(part, dim=1, dtype=torch.float32) for part in parts]).square()
     mean = total / count
-    scale = norm.weight * (power / count - mean.square() + norm.eps).rsqrt()  # [B, C]
+    variance = (power / count - mean.square()).clamp(min=0)  # [B, C]
+    scale = norm.weight * (variance + norm.eps).rsqrt()
     shift = norm.bias - mean * scale
     scale, shift = (t[:, None].to(x.dtype) for t in (scale, shift))
     return torch.addcmul(shift, rows, scale).transpose(1, 2)
@@ -275,7 +299,7 @@ def _normalised_alone(norm: nn.GroupNorm, x: Tensor, lengths: Sequence[int]) -> 
 
 
 def grouped_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """conv(x) of stride 1 and no dilation, x [B, C, T], as a matrix product for each group."""
+    """conv(x) of stride 1, no dilation and a bias, x [B, C, T], as one matrix product a group."""
     weight, B, G = conv.weight, len(x), conv.groups
     out, channels, width = weight.shape
     if torch.is_autocast_enabled(x.device.type):

@@ -74,7 +74,7 @@ def decode_attention(
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _attend_part[(B, kv_heads, splits)](
             q, keys, values, lengths, parts, best, weight, *strides, d**-0.5, **shape, **launch,
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=2,  # more buffers leave room for fewer programs
         )  # fmt: skip
         if splits > 1:
             shape = dict(SPLITS=splits, D=d)

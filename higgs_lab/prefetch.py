@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from higgs_lab.batches import Batch, PackedLoader
 from higgs_lab.text_table import HostTable
+
+
+def one_thread_beside_a_gpu() -> None:
+    """For a process that trains on one: as `accelerate launch` has it, unless OMP_NUM_THREADS says
+    otherwise.
+
+    Over what little the host computes in a step, the threads of many cores wait for each other
+    longer than one of them would need.
+    """
+    if torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 class Prefetch:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from higgs_lab.attention import Documents, attention_kind
+from higgs_lab.attention import Documents, attention_kind, bound_of
 from higgs_lab.engine import Engine
 from higgs_lab.prompt import Prompt
 from higgs_lab.sampling import (
@@ -182,9 +182,7 @@ class Slots:
             for buffer, values in zip(self.packed, (rows, slot, position, ends), strict=True):
                 values = values if isinstance(values, Tensor) else engine.send(values)
                 buffer[: len(values)] = values
-            # of attention's grid: a recording each thousand
-            longest = -(-max(*lengths, rest) // 1024) * 1024
-            self._replay_pass(room, longest, compile)
+            self._replay_pass(room, bound_of(max(*lengths, rest)), compile)
             return
         ends = torch.as_tensor(ends, dtype=torch.int32)
         if self.attention != "split":  # which reads them on the host

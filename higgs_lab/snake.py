@@ -21,6 +21,15 @@ except ImportError:  # builds of PyTorch without CUDA lack it
 BLOCK = 1024  # elements of a program; 4 warps, 8 elements a thread: 16 bytes of bf16
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x [B, C, T] lies in memory as [B, T, C]; a single channel lies both ways."""
+    return x.stride(1) == 1 and x.transpose(1, 2).is_contiguous()
+
+
+def lay_channels_last(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def snake(
     y: Tensor,
     bias: Tensor,
@@ -54,13 +63,10 @@ def snake_in_torch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor
 
 def _launch(y, bias, alpha, ends, trunk=None, keep=False) -> tuple[Tensor, Tensor | None]:
     clips, channels, steps = y.shape
-    last = y.stride(1) == 1 and y.transpose(1, 2).is_contiguous()
-
-    def laid(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).contiguous().transpose(1, 2) if last else x.contiguous()
-
-    y, bias, alpha = laid(y), bias.contiguous(), alpha.contiguous()
-    trunk = None if trunk is None else laid(trunk)
+    last = is_channels_last(y)
+    lay = lay_channels_last if last else Tensor.contiguous
+    y, bias, alpha = lay(y), bias.contiguous(), alpha.contiguous()
+    trunk = None if trunk is None else lay(trunk)
     active, kept = torch.empty_like(y), torch.empty_like(y) if keep else None
     grid = (triton.cdiv(channels * steps, BLOCK), clips)
     _kernel[grid](y, bias, alpha, ends, trunk if trunk is not None else y, active,
@@ -95,7 +101,8 @@ if triton is not None:
         LAST: tl.constexpr, HAS_TRUNK: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         clip = tl.program_id(1)
-        base = clip.to(tl.int64) * size  # size: elements of a clip, row: of its last dimension
+        # size: elements of a clip; row: of what lies together, its channels if LAST, else its steps
+        base = clip.to(tl.int64) * size
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         valid = at < size
         if LAST:

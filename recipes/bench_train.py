@@ -27,7 +27,7 @@ from higgs_lab.batches import Batch, PackedLoader
 from higgs_lab.cost import Shape
 from higgs_lab.fused import fuse
 from higgs_lab.optimizer import make_optimizer
-from higgs_lab.prefetch import Prefetch
+from higgs_lab.prefetch import Prefetch, one_thread_beside_a_gpu
 from higgs_lab.prompt import Example, render_example
 from higgs_lab.quantize import quantize_nf4
 from higgs_lab.text_table import HostTable, text_on_host
@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> Bench:
     args.positions = args.positions or (8192 if gpu else 2048)
     args.clips = args.clips or (10_000 if gpu else 300)
     args.compile = args.compile or gpu
-    if gpu:
-        torch.set_num_threads(1)  # as `accelerate launch` has it; see recipes/finetune.py
+    one_thread_beside_a_gpu()  # as in a fine-tune
     parts = {"speed": speed, "memory": memory, "full": full, "data": data}
     for name in args.part.split(","):
         if name not in parts:

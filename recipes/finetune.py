@@ -11,7 +11,6 @@ run.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from higgs_lab.codec import Codec
 from higgs_lab.config import cli, load_config, one_line_errors, save_config
 from higgs_lab.fused import fuse, unfusable
 from higgs_lab.optimizer import make_optimizer
+from higgs_lab.prefetch import one_thread_beside_a_gpu
 from higgs_lab.prepared import load_prepared, prepared_info
 from higgs_lab.quantize import quantize_nf4
 from higgs_lab.resume import saved_steps, trainable_state
@@ -45,6 +45,7 @@ DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors("finetune"):
+        one_thread_beside_a_gpu()
         train(cli(TrainConfig, __doc__, argv))
 
 
@@ -65,10 +66,6 @@ def train(config: TrainConfig) -> None:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
-    if accelerator.device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
-        # as `accelerate launch` has it: over what little the host computes in a step, the threads
-        # of many cores wait for each other longer than one would need
-        torch.set_num_threads(1)
     say = accelerator.print
     world, rank = accelerator.num_processes, accelerator.process_index
     if accelerator.distributed_type not in DATA_PARALLEL:

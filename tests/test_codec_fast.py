@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import higgs_lab.codec
-from higgs_lab.codec import Codec, arithmetic
+from higgs_lab import codec_fast
+from higgs_lab.codec import Codec, arithmetic, batches, rounded
 from higgs_lab.codec_fast import (
     _convolve_last,
     _replaced,
@@ -55,13 +56,20 @@ def agreement(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("part", "steps"), [("acoustic_encoder", 4321), ("acoustic_decoder", 13)])
-def test_dacs_networks_are_the_models_own(codec, part, steps, channels_last):
+def test_dacs_networks_are_the_models_own(codec, monkeypatch, part, steps, channels_last):
     net = getattr(codec.model, part)
     run = partial(run_dac, net, channels_last=channels_last)
+    convolve, taken = codec_fast._convolve_last, []
+    monkeypatch.setattr(
+        codec_fast, "_convolve_last", lambda conv, x: taken.append(conv) or convolve(conv, x)
+    )
     x = torch.randn(2, net.conv1.in_channels, steps, generator=torch.Generator().manual_seed(0))
     wanted = net(x)
     close = partial(torch.testing.assert_close, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
     close(run(x, [steps, steps]), wanted)
+    all_of_them = [m for m in net.modules() if hasattr(m, "kernel_size")]
+    one_channel = part == "acoustic_encoder"  # its first convolution: a product
+    assert len(taken) == (len(all_of_them) - one_channel if channels_last else 0)
     assert stage_lengths(net, steps)[-1] == wanted.shape[-1]
     # the second clip ends sooner; what stands behind its end is not seen
     shorter = run(x, [steps, steps - 5])
@@ -71,9 +79,9 @@ def test_dacs_networks_are_the_models_own(codec, part, steps, channels_last):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps", [30, 36, 5])
-def test_what_is_far_dilated_is_taken_apart(steps):
-    conv = torch.nn.Conv1d(256, 4, 7, padding=27, dilation=9, bias=False)
+@pytest.mark.parametrize(("steps", "padding"), [(30, 27), (36, 27), (5, 27), (60, 30), (70, 0)])
+def test_what_is_far_dilated_is_taken_apart(steps, padding):
+    conv = torch.nn.Conv1d(256, 4, 7, padding=padding, dilation=9, bias=False)
     x = torch.randn(2, steps, 256, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     made = _convolve_last(conv, x)
     assert made.stride(1) == 1
@@ -124,6 +132,67 @@ def test_huberts_features_are_of_each_clip_alone(codec, channels_last):
     with torch.autocast("cpu", torch.bfloat16):
         half = run(wavs, lengths=lengths)[0]
     assert (half.float() - wanted[0]).norm() < 0.03 * wanted[0].norm()
+
+
+@torch.no_grad()
+def test_huberts_features_do_not_hear_a_constant(codec):
+    """Sums of squares would, of ten seconds in half precision most of all."""
+    extractor = codec.model.semantic_model.feature_extractor
+    first = extractor.conv_layers[0].conv
+    wav = torch.from_numpy(0.1 * voice_like(10, seed=1)).float()[None]
+    lengths = [(wav.shape[1] - first.kernel_size[0]) // first.stride[0] + 1]
+    run = partial(extract_features, extractor, lengths=lengths, channels_last=True)
+    wanted = run(wav)
+    torch.testing.assert_close(run(wav + 0.5), wanted, atol=1e-3, rtol=1e-2)
+    assert run(torch.full_like(wav, 0.5)).isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(wav + 0.5)
+    assert (half.float() - wanted).norm() < 0.03 * wanted.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("for_gpu", [False, True])
+def test_huberts_hidden_states_are_of_each_clip_alone(codec, for_gpu):
+    """Looked at here: nano's codec multiplies them by zero, so that its codes would not tell."""
+    model, rate = codec.model, codec.sample_rate_hz
+    samples = [2 * rate, round(1.3 * rate)]
+    wavs = torch.zeros(2, samples[0])
+    for wav, n, seed in zip(wavs, samples, (0, 1), strict=True):
+        wav[:n] = torch.from_numpy(voice_like(2, seed=seed))[:n]
+    made = codec_fast._hubert(model, wavs, samples, for_gpu=for_gpu)
+    for found, wav, n in zip(made, wavs, samples, strict=True):
+        wanted = model._extract_semantic_features(wav[None, None, :n])[0]
+        assert (found[: len(wanted)] - wanted).norm() < 1e-3 * wanted.norm()
+    equal = codec_fast._hubert(model, wavs, [samples[0]] * 2, for_gpu=for_gpu)
+    wanted = model._extract_semantic_features(wavs[:, None])
+    assert (equal - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_another_hubert_is_refused(codec, monkeypatch):
+    config = codec.model.config.semantic_model_config
+    monkeypatch.setattr(config, "feat_extract_norm", "layer")
+    with pytest.raises(ValueError, match="group norm"):
+        codec_fast._hubert(codec.model, torch.zeros(1, 24_000), [24_000])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted"), [(0.5, 1), (1, 1), (15.1, 16), (16.1, 18), (33, 36), (65, 72)]
+)
+def test_lengths_are_few_and_little_longer(seconds, wanted):
+    assert rounded(round(25 * seconds), 25) == 25 * wanted
+    assert rounded(round(25 * seconds), 0) == round(25 * seconds)
+
+
+def test_batches_of_planned_shapes_are_few_and_keep_to_their_room():
+    lengths = [30, 26, 26, 51, 25, 1, 2, 3, 60]
+    by_length: dict[int, list[int]] = {}
+    for i, n in enumerate(lengths):
+        by_length.setdefault(n, []).append(i)
+    made = list(batches(dict(by_length), 300, ragged=True, second=25))
+    assert sorted(i for part in made for i in part) == list(range(9))
+    assert [len(part) for part in made] == [4, 4, 1]
+    assert all(len(p) * rounded(max(lengths[i] for i in p), 25) <= 300 for p in made)
+    assert [len(part) for part in batches(by_length, 300, ragged=True)] == [5, 4]
 
 
 @torch.no_grad()
@@ -263,6 +332,24 @@ def test_decoding_leaves_matmul_as_compiled_code_of_other_threads_knows_it(tf32,
                 assert guard.check(), guard.reason()
     finally:
         matmul.allow_tf32 = before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("precision", "codes_kept"), [("fp32", 0.999), ("tf32", 0.98), ("fp16", 0.98)]
+)
+def test_the_released_shape_on_a_gpu(precision, codes_kept):
+    """HuBERT counts there, which nano's codec does not listen to."""
+    from higgs_lab.nano.random_4b import _codec
+    from higgs_lab.vocab import CODEC_CONFIG
+
+    codec = Codec(_codec(CODEC_CONFIG, seed=0).cuda(), "random")
+    wavs = [voice_like(s, seed=i) for i, s in enumerate([1.0, 3.3, 1.04, 2.5])]
+    wanted = codec.encode_batch(wavs)
+    assert (
+        agreement(codec.encode_batch(wavs, precision=precision, ragged=True), wanted) >= codes_kept
+    )
 
 
 @pytest.mark.gpu

@@ -82,14 +82,15 @@ def made_variant(number: int) -> str:
 
 @lru_cache(maxsize=1)
 def all_voices() -> tuple[Voice, ...]:
-    """Every voice, training voices first; the order is fixed, so a position is an identity."""
+    """Every voice; the order is fixed, so a position is an identity. What comes later goes last."""
     train = [name for name in GENUINE if name not in HELD_OUT_GENUINE]
-    made = [f"made{number:04d}" for number in (*range(NUM_MADE), *WHISPERS)]
+    made = [f"made{number:04d}" for number in range(NUM_MADE)]
     test = HELD_OUT_GENUINE + [f"made{8000 + number:04d}" for number in range(NUM_HELD_OUT_MADE)]
     return (
         *(Voice(name, "train") for name in train + made),
         *(Voice(name, "test") for name in test),
         Voice(DEMO_VOICE, "demo"),
+        *(Voice(f"made{number}", "train") for number in WHISPERS),
     )
 
 

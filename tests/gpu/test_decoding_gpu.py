@@ -70,16 +70,20 @@ def test_prompts_are_let_in_and_results_taken_without_waiting_for_the_gpu(compil
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU records nothing")
 @pytest.mark.parametrize("compile", [False, True])
-def test_recorded_passes_over_prompts_give_the_same(compile):
+@pytest.mark.parametrize(("which", "limit"), [(range(6), 2), ((*range(20), 400, 499), 22)])
+def test_recorded_passes_over_prompts_give_the_same(which, limit, compile):
+    """Of few short prompts; of many, two of which have 1,200 and 1,500 frames of reference."""
     talker = tiny_talker(scale=6).to(DEVICE).half()
-    prompts, _ = ragged(6)
-    requests = requests_of(prompts, [Sampling(temperature=0.0, max_frames=20)] * 6, 8)
+    prompts, _ = ragged(max(which) + 1)
+    prompts = [prompts[i] for i in which]
+    settings = [Sampling(temperature=0.0, max_frames=20)] * len(prompts)
+    requests = requests_of(prompts, settings, 8)
     decoder, found = Decoder(Engine(talker)), []
     with torch.no_grad():
         for recorded in (False, True, True, True):
-            decoder._slots(requests, 2, 4, True, True).records_passes = recorded
-            made = dict(decoder.run(requests, 2, log_probs=True, compile=compile))
-            found.append([made[i] for i in range(6)])
+            decoder._slots(requests, limit, 4, True, True).records_passes = recorded
+            made = dict(decoder.run(requests, limit, log_probs=True, compile=compile))
+            found.append([made[i] for i in range(len(prompts))])
     assert any(graph is not None for graph in decoder.slots.passes.values())
     for again in found[1:]:
         assert_near(again, found[0], atol=0.02)
