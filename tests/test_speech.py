@@ -99,7 +99,8 @@ def test_a_long_text_is_cut_and_joined(higgs):
     assert info.chunks == split_text(LONG, max_chars=80)
     assert len(info.chunks) > 3
     parts = [higgs.codec.decode(g.codes) for g in info.generations]
-    np.testing.assert_allclose(wav, join_waves(parts, 24000), atol=1e-6)
+    # parts of one length are decoded together, which rounds otherwise; a third of a 16-bit step
+    np.testing.assert_allclose(wav, join_waves(parts, 24000), atol=1e-5)
     assert torch.equal(info.codes, torch.cat([g.codes for g in info.generations]))
     assert info.seconds == len(wav) / 24000
 
