@@ -48,7 +48,7 @@ def test_a_list_gives_what_its_texts_give_alone(higgs):
     for text, seed, (wav, info) in zip(texts, seeds, together, strict=True):
         alone, its_info = higgs.speak(text, sampling=FEW, seed=seed)
         assert torch.equal(info.codes, its_info.codes)
-        np.testing.assert_allclose(wav, alone, atol=1e-6)
+        np.testing.assert_allclose(wav, alone, atol=1e-5)  # a batch rounds otherwise
     assert torch.equal(together[0][1].codes, together[4][1].codes)
     assert higgs.speak([]) == []
 
