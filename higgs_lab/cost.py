@@ -1,6 +1,6 @@
 """What a training step costs, by arithmetic: operations and memory; and a card's peak, measured.
 
-    python -m higgs_lab.cost            # tables for the 4B shape: what fits 12 to 80 GB
+    python -m higgs_lab.cost            # tables for the 4B shape: what fits 8 to 141 GB
 
 Useful operations are 4 a weight and position for LoRA (forth, and back to the inputs of a frozen
 base), 6 for full fine-tuning; what is computed again does not count. Memory is added up from what

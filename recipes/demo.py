@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         f"\nDone in {duration(time.monotonic() - began)}.\n"
         f"  recordings      {train} and {test}\n"
         f"  adapter         {adapter} (PEFT), its curve in {out / 'run' / 'metrics.jsonl'}\n"
-        f"  a wav to hear   {out / 'hello'}\n"
+        f"  a wav to hear   {out / 'hello' / 'wavs'}\n"
         f"  evaluation      {folders['before']}/report.html and {folders['after']}/report.html\n"
         f"  side by side    {page}, all spoken at temperature {args.temperature}\n"
         f"  for the server  {export}: python -m serve.launch {export} --device cpu"

@@ -171,7 +171,8 @@ class Run:
 
     def try_largest(self) -> None:
         """Forth and back on the largest pack, for nothing: memory fails now or not at all, and what
-        is compiled is compiled before the clock runs."""
+        is compiled is compiled before the clock runs. Twice where a step has several packs: from
+        the second on their gradients lie beside the activations."""
         saved, device = random_state(), self.accelerator.device
         batch = self.loader.largest()
         if device.type == "cuda":  # what loading took is another matter
@@ -182,9 +183,11 @@ class Run:
                 trained = [p for p in self.model.parameters() if p.requires_grad]
                 kind = torch.uint8 if self.config.optimizer == "adamw8bit" else None
                 moments = [torch.zeros_like(p, dtype=kind) for p in trained for _ in range(2)]
+            packs = self.config.packs_per_step // self.accelerator.num_processes
             with self.accelerator.no_sync(self.wrapped):
-                loss, _ = self.sums(self.wrapped, batch)
-                self.accelerator.backward(loss * 0)
+                for _ in range(min(2, packs)):
+                    loss, _ = self.sums(self.wrapped, batch)
+                    self.accelerator.backward(loss * 0)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the largest pack ({batch.real_positions} positions) does not fit the memory: "

@@ -103,6 +103,21 @@ def test_what_does_not_fit_fails_before_the_first_step(prepared, tmp_path, monke
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_what_fits_alone_but_not_beside_gradients_fails_then_too(prepared, tmp_path, monkeypatch):
+    """Of a step's several packs the second finds the first one's gradients in the memory."""
+    sums = Run.sums
+
+    def second(self, model, pack):
+        if any(p.grad is not None for p in model.parameters()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sums(self, model, pack)
+
+    monkeypatch.setattr(Run, "sums", second)
+    with pytest.raises(ValueError, match="the largest pack .* does not fit"):
+        run(prepared, tmp_path / "several", steps=1, packs_per_step=2, valid_every=0)
+    run(prepared, tmp_path / "one", steps=1, packs_per_step=1, valid_every=0)
+
+
 def test_samples_and_validations_change_nothing_that_is_learnt(prepared, tmp_path, monkeypatch):
     speak_briefly(monkeypatch)
     changes = dict(steps=2, dropout=0.2)

@@ -1,7 +1,7 @@
 """The closed domain that the nano family speaks and hears: what may be said, and how it is split.
 
 Short English sentences from a grammar of a few hundred words, and whole numbers written as words in
-ten languages (`LANGUAGES`). Digits never occur: the model has no language argument, so the words
+nine languages (`LANGUAGES`). Digits never occur: the model has no language argument, so the words
 must carry the language. A text's split is a hash of the text, so that every program that meets a
 text agrees on which side it is on, whatever was drawn before.
 """
