@@ -101,6 +101,14 @@ def alignment(run: Run) -> Outcome:
     return out
 
 
+def available_bytes(memory: Path = Path("/proc/meminfo")) -> int:
+    """Memory that a process can have: on Linux with what the cache of files would give back."""
+    if memory.exists():
+        fields = dict(line.split(":") for line in memory.read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def talker_precision(run: Run) -> Outcome:
     """Log-probabilities of real codes in the stored dtype against float32 (0.05: facts trap 9)."""
     batch = examples(run)["zero-shot"]
@@ -109,11 +117,7 @@ def talker_precision(run: Run) -> Outcome:
     if stored.dtype == torch.float32:
         raise Skip("the checkpoint is float32 itself")
     size_gb = 4 * sum(p.numel() for p in stored.parameters()) / 1e9
-    free_gb = (
-        torch.cuda.mem_get_info()[0] / 1e9
-        if device == "cuda"
-        else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    )
+    free_gb = torch.cuda.mem_get_info()[0] / 1e9 if device == "cuda" else available_bytes() / 1e9
     if size_gb > 0.9 * free_gb:
         raise Skip(f"float32 takes {size_gb:.1f} GB, {free_gb:.1f} are free")
     exact = load_talker(run.path, device, torch.float32)

@@ -15,6 +15,7 @@ from higgs_lab.manifest import Utterance, write_manifest
 from higgs_lab.tags import check_text
 from serve import validate_speech
 from serve.validate import Run, main, steps, validate
+from serve.validate_speech import available_bytes
 from serve.validation import FAIL, OK, SKIP, WARN
 
 CHEAP = ["files", "config", "tokenizer", "keys", "tied heads"]
@@ -105,6 +106,13 @@ def test_recordings_can_come_later(tmp_path, recordings):
     assert set(figures) == {"zero-shot", "clone", "clone with transcript"}
     assert report["steps"]["alignment"]["verdict"] in (OK, WARN)
     assert report["steps"]["talker precision"]["figures"]["mean"] < 0.1  # of codes it never met
+
+
+def test_what_the_cache_of_files_holds_is_not_taken(tmp_path):
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal: 9999 kB\nMemFree: 200 kB\nMemAvailable: 9000 kB\n")
+    assert available_bytes(file) == 9000 * 1024
+    assert available_bytes(tmp_path / "none") > 1 << 30
 
 
 def test_codec_steps_measure_every_codebook(tmp_path, recordings):
