@@ -212,7 +212,10 @@ def _hubert(
     config, hubert = model.config, model.semantic_model
     for_gpu = wavs.is_cuda if for_gpu is None else for_gpu
     if config.semantic_model_config.feat_extract_norm != "group":
-        raise ValueError("a HuBERT without a group norm is not of a Higgs v2 tokenizer")
+        raise ValueError(
+            "a HuBERT without a group norm is not of a Higgs v2 tokenizer: this codec encodes with "
+            "precision=fp32 only, clips of one length together"
+        )
     at_rate, with_margins, first = _hubert_lengths(model, samples)[:3]
     extractor, places = hubert.feature_extractor, hubert.encoder.pos_conv_embed.conv
     replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {
@@ -258,7 +261,7 @@ def extract_features(
 
 
 def _of_one_channel(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """x [B, 1, T] -> [B, C, steps], C last: a product, which is a third of cuDNN's time."""
+    """x [B, 1, T] -> [B, C, steps], C last: a product, which takes less than cuDNN's kernels do."""
     (width,), (stride,) = conv.kernel_size, conv.stride
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
