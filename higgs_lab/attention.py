@@ -1,18 +1,20 @@
 """Attention over packed documents: none sees another.
 
-Four ways to the same result (`Documents.attend`):
+Five ways to the same result (`Documents.attend`):
 - "sdpa", one call with an explicit block-causal mask: the reference, runs anywhere;
+- "triton", `packed_attention`: own kernels for short documents, on an H100 or H200;
 - "varlen", `torch.nn.attention.varlen`: flash attention on CUDA that skips what lies outside a
   document and never builds a mask;
 - "flex", FlexAttention with a block mask: CUDA of any dtype, compiled;
 - "split", one call a document: the least work where there is no such kernel.
 
-Transformers' Qwen3 blocks know the first two, as "sdpa" and "higgs_varlen".
+Transformers' Qwen3 blocks know the first and varlen, as "sdpa" and "higgs_varlen".
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +48,13 @@ def packed_positions(cu_seqlens: Tensor, length: int) -> Tensor:
     """[1, L] position ids that start at 0 in each document."""
     starts = cu_seqlens[:-1].long()[documents(cu_seqlens, length)]
     return (torch.arange(length, device=cu_seqlens.device) - starts)[None]
+
+
+def document_spans(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """int32 [L] each: where the document of a position begins, and where it has ended."""
+    document = documents(cu_seqlens, length)
+    cu_seqlens = cu_seqlens.int()
+    return cu_seqlens[:-1][document], cu_seqlens[1:][document]
 
 
 def _varlen_forward(
@@ -170,6 +179,7 @@ class Documents:
     bounds: tuple[int, ...] = ()  # split: from 0 to L
     mask: Tensor | None = None  # sdpa
     block_mask: object = None  # flex
+    spans: tuple[Tensor, ...] = ()  # triton: int32 [L] each, `document_spans`
 
     @classmethod
     def of(cls, kind: str, cu_seqlens: Tensor, max_seqlen: int, length: int) -> Documents:
@@ -179,10 +189,16 @@ class Documents:
             return cls(kind, cu_seqlens, max_seqlen, mask=packed_mask(cu_seqlens, length))
         if kind == "flex":
             return cls(kind, cu_seqlens, max_seqlen, block_mask=block_mask(cu_seqlens, length))
+        if kind == "triton":
+            return cls(kind, cu_seqlens, max_seqlen, spans=document_spans(cu_seqlens, length))
         return cls(kind, cu_seqlens, bound_of(max_seqlen))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [L, H, d], k and v [L, H_kv, d] -> [L, H, d]."""
+        if self.kind == "triton":
+            from higgs_lab.packed_attention import PackedAttention
+
+            return PackedAttention.apply(q, k, v, *self.spans)
         if self.kind == "varlen":
             return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen)
         if self.kind == "split":
@@ -207,18 +223,29 @@ def bound_of(longest: int) -> int:
     return -(-longest // 1024) * 1024
 
 
-KINDS = ("varlen", "flex", "sdpa", "split")
+KINDS = ("triton", "varlen", "flex", "sdpa", "split")
 
 
-def attention_kind(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kind for "auto", or the one wanted; ValueError where that cannot run."""
+def attention_kind(
+    wanted: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> str:
+    """The kind for "auto", or the one wanted; ValueError where that cannot run.
+
+    heads: how many of queries, of keys and values, and how large they are.
+    """
     varlen = varlen_available(device, dtype)
+    if wanted == "triton" and not triton_runs(device, dtype, heads):
+        raise ValueError("attention=triton needs CUDA, half precision and Triton: use auto")
     if wanted == "varlen" and not varlen:
         raise ValueError("attention=varlen needs CUDA, bf16 and a torch with varlen_attn: use sdpa")
     if wanted == "flex" and device.type != "cuda":
         raise ValueError("attention=flex has no gradient on a CPU: use sdpa or split")
     if wanted != "auto":
         return wanted
+    # measured on an H100; on other cards torch's own has the longer record
+    if varlen and torch.cuda.get_device_capability(device) == (9, 0):
+        if triton_runs(device, dtype, heads):
+            return "triton"
     # with a mask and grouped heads SDPA writes out every score of the pack: 9 GB at 8192 in fp32
     return "varlen" if varlen else "split"
 
@@ -269,3 +296,47 @@ def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
     if find_spec("torch.nn.attention.varlen") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def triton_runs(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]) -> bool:
+    """Whether `packed_attention` runs here and is right, shown by a trial against SDPA in fp32.
+
+    Triton may be missing, the C compiler that it calls too, and a card may have too little shared
+    memory.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from higgs_lab.packed_attention import back, fits, forth
+
+    if not fits(*heads):
+        return False
+    bounds, generator = (0, 100, 101, 256), torch.Generator(device).manual_seed(0)
+    spans = document_spans(torch.tensor(bounds, dtype=torch.int32, device=device), bounds[-1])
+    counts = (heads[0], heads[1], heads[1], heads[0])
+    q, k, v, d_out = (
+        torch.randn(bounds[-1], n, heads[2], generator=generator, device=device).to(dtype)
+        for n in counts
+    )
+    try:
+        out, lse = forth(q, k, v, spans[0])
+        found = (out, *back(d_out, q, k, v, *spans, out, lse))
+    except Exception as error:  # Triton's own errors share no class, a missing compiler's neither
+        warnings.warn(f"Triton does not run here, training is slower: {error}", stacklevel=2)
+        return False
+    with torch.enable_grad():
+        leaves = [t.float().requires_grad_() for t in (q, k, v)]
+        wanted = _split_attention(*leaves, bounds)
+        wanted = (wanted, *torch.autograd.grad(wanted, leaves, d_out.float()))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    if not all(error < 0.02 for error in errors):  # a NaN is not
+        warnings.warn("Triton's attention is wrong here, training is slower", stacklevel=2)
+        return False
+    return True
+
+
+def heads_of(config) -> tuple[int, int, int]:
+    """Of a talker's config, for `attention_kind`."""
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -70,9 +70,10 @@ class Slots:
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.attention = attention_kind("auto", device, engine.dtype)
+        heads = (engine.heads, engine.kv_heads, engine.head_dim)
+        self.attention = attention_kind("auto", device, engine.dtype, heads)
         # a pass of any kind else waits for its ends
-        self.records_passes = self.attention == "varlen"
+        self.records_passes = self.attention in ("triton", "varlen")
         self.passes: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.packed = tuple(
             torch.zeros(*shape, dtype=dtype, device=device)

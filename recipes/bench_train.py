@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from higgs_lab.adapter import attach_lora
-from higgs_lab.attention import VARLEN, attention_kind
+from higgs_lab.attention import VARLEN, attention_kind, heads_of, varlen_available
 from higgs_lab.batches import Batch, PackedLoader
 from higgs_lab.cost import Shape
 from higgs_lab.fused import fuse
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> Bench:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--plain-batch", type=int, default=8, help="clips of a padded batch")
     parser.add_argument("--clips", type=int, help="of the data part; 10000, on a CPU 300")
-    parser.add_argument("--attention", default="auto", help="varlen, flex, sdpa, split")
+    parser.add_argument("--attention", default="auto", help="triton, varlen, flex, sdpa, split")
     parser.add_argument("--compile", action="store_true", help="compile on a CPU too")
     args = parser.parse_args(argv)
     bench = Bench(args, COLUMNS)
@@ -76,6 +76,7 @@ def speed(bench: Bench) -> None:
         for n in (4096, 16384):
             add(f"ours, {n}", partial(ours, bench, positions=n))
             add(f"ours, full, {n}", partial(ours, bench, positions=n, checkpointing="full"))
+        add("ours, varlen", partial(ours, bench, attention="varlen"))
         add("ours, flex", partial(ours, bench, attention="flex"))
     add("packed, by modules", partial(modules, bench))
     pairs = [("ours", "plain"), ("ours, full", "plain, checkpointing")]
@@ -185,7 +186,7 @@ def modules(
         talker = quantize_nf4(talker.to("cpu"), bench.device)
         torch.cuda.reset_peak_memory_stats()  # a fine-tune never has the whole of it on the card
         talker.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if attention_kind("auto", bench.device, bench.dtype) == "varlen":
+    if varlen_available(bench.device, bench.dtype):
         talker.model.set_attn_implementation(VARLEN)
     model = attach_lora(talker, rank=bench.args.rank).train()
     batches = packs(bench, positions or bench.args.positions, table)
@@ -206,7 +207,6 @@ def engine(
 ) -> tuple[Callable[[Batch], float], list[Batch], HostTable | None]:
     """(a step on a pack, synthetic packs, the host's text table) of the fused blocks."""
     args = bench.args
-    kind = attention_kind(attention or args.attention, bench.device, bench.dtype)
     if method == "full":
         model = bench.talker(torch.float32).requires_grad_(True)
         model.model.embed_tokens.requires_grad_(False)
@@ -216,6 +216,8 @@ def engine(
         table = text_on_host(talker)
         model = attach_lora(talker, rank=rank or args.rank)
     compiled = args.compile if compile is None else compile
+    heads = heads_of(bench_config(bench))
+    kind = attention_kind(attention or args.attention, bench.device, bench.dtype, heads)
     fuse(model, kind, checkpointing, compiled, bench.dtype)
     step = stepper(bench, model.train(), optimizer)
     return step, packs(bench, positions, table, pad=compiled), table

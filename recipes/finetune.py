@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
 from higgs_lab.adapter import attach_lora, base_fingerprint
-from higgs_lab.attention import VARLEN, attention_kind
+from higgs_lab.attention import VARLEN, attention_kind, heads_of, varlen_available
 from higgs_lab.batches import PackedLoader
 from higgs_lab.checkpoint import load_talker, resolve_checkpoint
 from higgs_lab.codec import Codec
@@ -160,8 +160,8 @@ def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn
     else:
         talker = load_talker(base, device, torch.float32)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    kind = attention_kind(config.attention, talker.device, dtype)
-    if kind == "varlen":
+    kind = attention_kind(config.attention, talker.device, dtype, heads_of(talker.config))
+    if kind in ("triton", "varlen") and varlen_available(talker.device, dtype):
         talker.model.set_attn_implementation(VARLEN)
     if config.method == "full":
         model = talker.requires_grad_(True)

@@ -43,7 +43,7 @@ class TrainConfig:
     max_ref_sec: float = 10.0  # longer clips are no references
 
     precision: str = "auto"  # bf16, fp32; auto: bf16 on a GPU that has it
-    attention: str = "auto"  # varlen, flex, sdpa, split; auto: the fastest that runs here
+    attention: str = "auto"  # triton, varlen, flex, sdpa, split; auto: the fastest that runs here
     checkpointing: str = "none"  # what is computed again to save memory: none, selective, full
     compile: bool | None = None  # null: on a GPU, if the run has 200 steps or more
     seed: int = 0

@@ -270,9 +270,12 @@ def test_attention_kinds_agree_and_are_chosen_by_what_runs():
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
     cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
-    assert attention_kind("auto", cpu, bf16) == "split"
-    assert attention_kind("auto", cuda, torch.float32) == "split"
+    heads = (4, 2, 16)
+    assert attention_kind("auto", cpu, bf16, heads) == "split"
+    assert attention_kind("auto", cuda, torch.float32, heads) == "split"
     with pytest.raises(ValueError, match="varlen needs CUDA"):
-        attention_kind("varlen", cpu, bf16)
+        attention_kind("varlen", cpu, bf16, heads)
     with pytest.raises(ValueError, match="no gradient on a CPU"):
-        attention_kind("flex", cpu, bf16)
+        attention_kind("flex", cpu, bf16, heads)
+    with pytest.raises(ValueError, match="triton needs CUDA"):
+        attention_kind("triton", cpu, bf16, heads)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from higgs_lab.attention import attention_kind
+from higgs_lab.attention import attention_kind, heads_of
 from higgs_lab.batches import Batch
 from higgs_lab.fused import fuse
 from higgs_lab.loss import LossSums, Targets
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     talker = talker.to(device).train()
     half = device.type == "cuda" or args.bf16
     dtype = torch.bfloat16 if half else torch.float32
-    kind = attention_kind("auto", device, dtype)
+    kind = attention_kind("auto", device, dtype, heads_of(talker.config))
     fuse(talker, kind, compile=device.type == "cuda", dtype=dtype)
     optimizer = optimizer_of(talker, args.lr)
     if rank == 0:

@@ -44,7 +44,7 @@ def step(made, batch, device) -> tuple[float, dict]:
     return out.loss.item(), grads
 
 
-@pytest.mark.parametrize("kind", ["varlen", "flex", "sdpa"])
+@pytest.mark.parametrize("kind", ["triton", "varlen", "flex", "sdpa"])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("way", ["lora", "full"])
 def test_every_way_is_near_fp32(way, compile, kind):
