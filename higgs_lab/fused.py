@@ -28,7 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from higgs_lab.attention import Documents
-from higgs_lab.fused_block import Block, Site, after, after_back, before, before_back, rms_norm
+from higgs_lab.fused_block import (
+    Block,
+    Site,
+    after,
+    after_back,
+    before,
+    before_back,
+    kernels_run,
+    rms_norm,
+)
 from higgs_lab.talker import Talker
 
 # What the way back computes again, in shares of a block's forward products at 4B size.
@@ -78,7 +87,7 @@ class _BlockFunction(torch.autograd.Function):
             )
             grads = torch.autograd.grad(out, heads, d_attended.reshape(out.shape))
             dx, of_qkv, of_norms = engine.before_back(
-                *grads, d_middle, x, *products, block, cos, sin, *options
+                *grads, d_middle, x, *products, block, cos, sin, engine.eps
             )
         grads = [*of_qkv, *of_sites]
         if grads and grads[0].dtype != ctx.dtype:
@@ -111,7 +120,8 @@ class FusedBlocks:
         config = talker.config
         self.attention, self.checkpointing, self.compiled = attention, checkpointing, compile
         self.head_dim, self.eps, self.dtype = config.head_dim, config.rms_norm_eps, dtype
-        fused = [_fuse_blocks(layers, dtype) for layers in _groups(talker.model.layers)]
+        kernels = kernels_run(talker.device, dtype)
+        fused = [_fuse_blocks(layers, dtype, kernels) for layers in _groups(talker.model.layers)]
         self.blocks = [block for blocks, _, _ in fused for block in blocks]
         self.copies = [copy for _, copies, _ in fused for copy in copies]
         self.homes = [home for _, _, homes in fused for home in homes]
@@ -233,7 +243,7 @@ def _groups(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
 
 
 def _fuse_blocks(
-    layers: list[nn.Module], dtype: torch.dtype
+    layers: list[nn.Module], dtype: torch.dtype, kernels: bool
 ) -> tuple[list[Block], list[Copy], list[Home]]:
     """Blocks of layers that are alike, what is to be copied into them, and where its parts live."""
     sites, copies, homes = {}, [], []
@@ -253,7 +263,8 @@ def _fuse_blocks(
             "mlp_norm": layer.post_attention_layernorm,
         }
         weights = {name: norm.weight for name, norm in norms.items()}
-        blocks.append(Block(**{name: of[i] for name, of in sites.items()}, **weights))
+        of_block = {name: of[i] for name, of in sites.items()}
+        blocks.append(Block(**of_block, **weights, kernels=kernels))
     return blocks, copies, homes
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -51,35 +54,37 @@ class Site:
             return F.linear(x, base).float() + F.linear(low, ups).float(), low
         return F.linear(torch.cat([x, low], dim=1), self.whole[: self.outputs]), low
 
-    def back(
-        self, dys: list[Tensor], x: Tensor, low: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """dys: the gradient of each layer's outputs [N, O_j]; the input and `low` of forth.
+    def back(self, dy: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """dy: the gradient of all outputs [N, O] -> terms of the input's [N, I], and low's [N, P].
 
-        -> terms of the input's gradient [N, I], and the gradients of `trained`. Terms and parts
-        stay apart, since to join them would be a pass over large tensors, and `_total` is none
-        inside of a compiled kernel.
+        Terms stay apart, since to join them would be a pass over large tensors, and `_total` is
+        none inside of a compiled kernel.
         """
-        parts = self.whole[: self.outputs].split([dy.shape[1] for dy in dys])
-        if self.masters:
-            return [dy @ w for dy, w in zip(dys, parts, strict=True)], [dy.t() @ x for dy in dys]
         if not self.downs:
-            return [dy @ w for dy, w in zip(dys, parts, strict=True)], []
-        if self.outputs < self.inputs and len(dys) == 1:  # dy is the smaller one to read once more
-            d_low = dys[0] @ self.whole[: self.outputs, self.inputs :]
-            terms = [torch.cat([dys[0], d_low], dim=1) @ self.whole[:, : self.inputs]]
-        else:
-            wide = [dy @ w for dy, w in zip(dys, parts, strict=True)]
-            d_low = _total([w[:, self.inputs :] for w in wide])
-            terms = [w[:, : self.inputs] for w in wide] + [d_low @ self.down]
+            return [dy @ self.whole[: self.outputs]], None
+        if self.outputs < self.inputs and len(self.ups) == 1:  # dy: the smaller one to read again
+            d_low = dy @ self.whole[: self.outputs, self.inputs :]
+            return [torch.cat([dy, d_low], dim=1) @ self.whole[:, : self.inputs]], d_low
+        wide = dy @ self.whole[: self.outputs]
+        d_low = wide[:, self.inputs :].contiguous()
+        return [wide[:, : self.inputs], d_low @ self.down], d_low
+
+    def gradients(
+        self, dy: Tensor, d_low: Tensor | None, x: Tensor, low: Tensor | None
+    ) -> list[Tensor]:
+        """Of `trained`; x and low: the input and what `forth` gave beside the outputs."""
+        if self.masters:
+            return list((dy.t() @ x).split([len(w) for w in self.masters]))
+        if not self.downs:
+            return []
         d_down = d_low.t() @ x * self.scale  # [P, I]
-        downs, ups, column = [], [], 0
-        for dy, up in zip(dys, self.ups, strict=True):
-            place = slice(column, column + up.shape[1])
-            downs.append(d_down[place])
-            ups.append(dy.t() @ low[:, place])
-            column += up.shape[1]
-        return terms, downs + ups
+        downs, ups, row, column = [], [], 0, 0
+        for up in self.ups:
+            outputs, rank = up.shape
+            downs.append(d_down[column : column + rank])
+            ups.append(dy[:, row : row + outputs].t() @ low[:, column : column + rank])
+            row, column = row + outputs, column + rank
+        return downs + ups
 
 
 @dataclass
@@ -94,6 +99,7 @@ class Block:
     q_norm: Tensor
     k_norm: Tensor
     mlp_norm: Tensor
+    kernels: bool  # whether `backward_kernels` takes part
 
     def sites(self) -> list[Site]:
         return [self.qkv, self.out, self.gate_up, self.down]
@@ -113,10 +119,12 @@ class Block:
 def before(x: Tensor, block: Block, cos: Tensor, sin: Tensor, head_dim: int, eps: float):
     """x -> q [N, H, d], k, v [N, H_kv, d]; and what the way back wants."""
     qkv, low = block.qkv.forth(rms_norm(x, block.norm, eps))
-    q, k, v = _heads(qkv, block, head_dim)
+    heads = block.out.inputs // head_dim
+    kv_heads = (block.qkv.outputs // head_dim - heads) // 2
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
     q = _rotate(rms_norm(q, block.q_norm, eps), cos, sin)
     k = _rotate(rms_norm(k, block.k_norm, eps), cos, sin)
-    return q, k, v.contiguous(), qkv, low
+    return q, k, v, qkv, low
 
 
 def after(x: Tensor, attended: Tensor, block: Block, eps: float):
@@ -137,36 +145,57 @@ def after_back(
     normed = rms_norm(middle, block.mlp_norm, eps)
     if gate_up is None:
         gate_up, low_gate_up = block.gate_up.forth(normed)
-    gate, up = gate_up.chunk(2, dim=-1)
-    acted = F.silu(gate)
-    terms, of_down = block.down.back([dy], acted * up, low_down)
-    d_acted = _total(terms)
-    d_gate = torch.ops.aten.silu_backward(d_acted * up, gate)
-    d_normed, of_gate_up = block.gate_up.back([d_gate, d_acted * acted], normed, low_gate_up)
+    terms, d_low = block.down.back(dy)
+    d_gate_up, acted = _swiglu_back(_total(terms), gate_up, block.kernels)
+    of_down = block.down.gradients(dy, d_low, acted, low_down)
+    d_normed, d_low = block.gate_up.back(d_gate_up)
+    of_gate_up = block.gate_up.gradients(d_gate_up, d_low, normed, low_gate_up)
     d_middle, of_norm = _rms_norm_back(d_normed, middle, block.mlp_norm, eps, dy)
-    terms, of_out = block.out.back([d_middle], attended, low_out)
+    terms, d_low = block.out.back(d_middle)
+    of_out = block.out.gradients(d_middle, d_low, attended, low_out)
     return d_middle, _total(terms), [*of_out, *of_gate_up, *of_down], of_norm
 
 
 def before_back(
     dq: Tensor, dk: Tensor, dv: Tensor, d_middle: Tensor, x: Tensor, qkv: Tensor, low: Tensor,
-    block: Block, cos: Tensor, sin: Tensor, head_dim: int, eps: float,
+    block: Block, cos: Tensor, sin: Tensor, eps: float,
 ):  # fmt: skip
     """-> gradients of x, of qkv's site, and of the norms of block, q and k."""
-    q, k, _ = _heads(qkv, block, head_dim)
-    dq, of_q = _rms_norm_back([_rotate_back(dq, cos, sin)], q, block.q_norm, eps)
-    dk, of_k = _rms_norm_back([_rotate_back(dk, cos, sin)], k, block.k_norm, eps)
-    parts = [t.flatten(1) for t in (dq, dk, dv)]
-    d_normed, of_qkv = block.qkv.back(parts, rms_norm(x, block.norm, eps), low)
+    d_qkv, of_heads = _heads_back(
+        dq, dk, dv, qkv, block.q_norm, block.k_norm, cos, sin, eps, block.kernels
+    )
+    d_normed, d_low = block.qkv.back(d_qkv)
+    of_qkv = block.qkv.gradients(d_qkv, d_low, rms_norm(x, block.norm, eps), low)
     dx, of_norm = _rms_norm_back(d_normed, x, block.norm, eps, d_middle)
-    return dx, of_qkv, [*of_norm, *of_q, *of_k]
+    return dx, of_qkv, [*of_norm, *of_heads]
 
 
-def _heads(qkv: Tensor, block: Block, head_dim: int) -> tuple[Tensor, ...]:
-    parts = qkv.unflatten(-1, (-1, head_dim))
-    heads = block.out.inputs // head_dim
-    kv_heads = (parts.shape[1] - heads) // 2
-    return parts.split((heads, kv_heads, kv_heads), dim=1)
+def _swiglu_back(d_acted: Tensor, gate_up: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
+    """-> the gradient of [gate | up], and silu(gate) * up."""
+    if kernels:
+        from higgs_lab.backward_kernels import swiglu_back
+
+        return swiglu_back(d_acted, gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    acted = F.silu(gate)
+    d_gate = torch.ops.aten.silu_backward(d_acted * up, gate)
+    return torch.cat([d_gate, d_acted * acted], dim=1), acted * up
+
+
+def _heads_back(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor,
+    cos: Tensor, sin: Tensor, eps: float, kernels: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """-> the gradient of qkv, and [those of the trained norms of q and k]."""
+    if kernels and not (q_norm.requires_grad or k_norm.requires_grad):
+        from higgs_lab.backward_kernels import heads_back
+
+        return heads_back(dq, dk, dv, qkv, q_norm, k_norm, cos, sin, eps), []
+    heads = [t.shape[1] for t in (dq, dk, dv)]
+    q, k, _ = qkv.unflatten(-1, (-1, dq.shape[2])).split(heads, dim=1)
+    dq, of_q = _rms_norm_back([_rotate_back(dq, cos, sin)], q, q_norm, eps)
+    dk, of_k = _rms_norm_back([_rotate_back(dk, cos, sin)], k, k_norm, eps)
+    return torch.cat([t.flatten(1) for t in (dq, dk, dv)], dim=1), [*of_q, *of_k]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -202,3 +231,34 @@ def _rotate_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = dy.shape[-1] // 2
     turned = dy * sin
     return dy * cos + torch.cat([turned[..., half:], -turned[..., :half]], dim=-1)
+
+
+@cache
+def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `backward_kernels` runs here and is right, shown by a trial; else the compiler's do.
+
+    Triton may be missing, and the C compiler that it calls too.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    of_mlp = (random(20, 1100), random(20, 2200))
+    of_heads = (random(20, 4, 64), random(20, 2, 64), random(20, 2, 64), random(20, 512))
+    of_heads += (random(64), random(64), random(20, 1, 64), random(20, 1, 64), 1e-6)
+    try:
+        found = (*_swiglu_back(*of_mlp, True), _heads_back(*of_heads, True)[0])
+    except Exception as error:  # Triton's own errors share no class, a missing compiler's neither
+        warnings.warn(f"Triton does not run here, training is slower: {error}", stacklevel=2)
+        return False
+    wanted = (*_swiglu_back(*of_mlp, False), _heads_back(*of_heads, False)[0])
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    if not all(error < 0.02 for error in errors):  # a NaN is not
+        warnings.warn("Triton's kernels are wrong here, training is slower", stacklevel=2)
+        return False
+    return True

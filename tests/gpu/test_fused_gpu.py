@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from higgs_lab.adapter import attach_lora
-from higgs_lab.attention import VARLEN, Documents, _varlen_call, varlen_available
+from higgs_lab.attention import (
+    VARLEN,
+    Documents,
+    _varlen_call,
+    attention_kind,
+    triton_runs,
+    varlen_available,
+)
 from higgs_lab.batches import pack
 from higgs_lab.fused import CHECKPOINTING, fuse
+from higgs_lab.fused_block import kernels_run
 from tests.tiny import three_examples, tiny_talker
 
 pytestmark = [
@@ -66,7 +74,18 @@ def test_every_way_is_near_fp32(way, compile, kind):
             assert cosine > 0.95, (name, float(cosine))
 
 
-def test_varlen_takes_grouped_heads_and_gives_sdpas_gradients():
+def test_own_kernels_are_chosen_on_hopper():
+    device, heads = torch.device("cuda"), (32, 8, 128)
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("no H100 or H200")
+    assert kernels_run(device, torch.bfloat16) and kernels_run(device, torch.float16)
+    assert triton_runs(device, torch.float16, (4, 2, 64))
+    assert attention_kind("auto", device, torch.bfloat16, heads) == "triton"
+    assert attention_kind("auto", device, torch.bfloat16, (12, 4, 128)) == "varlen"  # 3 a head
+
+
+@pytest.mark.parametrize("other", ["varlen", "triton"])
+def test_grouped_heads_give_sdpas_gradients(other):
     device = torch.device("cuda")
     if not varlen_available(device, torch.bfloat16):
         pytest.skip("no varlen kernel here")
@@ -78,7 +97,7 @@ def test_varlen_takes_grouped_heads_and_gives_sdpas_gradients():
         torch.randn(700, h, 128, generator=generator, device=device, dtype=torch.bfloat16)
         for h in (8, 2, 2)
     ]
-    for kind in ("varlen", "sdpa"):
+    for kind in (other, "sdpa"):
         leaves = [t.clone().requires_grad_() for t in base]
         out = Documents.of(kind, cu, 399, 700).attend(*leaves)
         out.float().square().sum().backward()
