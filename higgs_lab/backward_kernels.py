@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 1024  # of a row at a time
+COLUMNS = 2048  # of a row at a time
 POSITIONS = 16  # of one head at a time
 
 

@@ -121,6 +121,7 @@ class Codec:
     ) -> list[Tensor]:
         """Same codes as one by one: only clips of equal sample count share a forward pass.
 
+        On a GPU it is as long as whole seconds, of which nothing counts behind a clip's end.
         precision: one of PRECISIONS; all but fp32 give some other codes (recipes/bench_codec.py).
         ragged: clips of any length share one, which is the same up to rounding: few codes change.
         """
@@ -129,7 +130,7 @@ class Codec:
         for i, wav in enumerate(clips):
             by_length[max(len(wav), self._shortest)].append(i)
         codes: list[Tensor | None] = [None] * len(clips)
-        second = self._planned(self.sample_rate_hz, ragged)
+        second = self._planned(self.sample_rate_hz)
         for part in batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged, second):
             lengths = [max(len(clips[i]), self._shortest) for i in part]
             longest = rounded(max(lengths), second)
@@ -143,7 +144,10 @@ class Codec:
 
     @torch.inference_mode()
     def _encode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
-        """[B, n] -> codes [B, T, K]; on all but the reference's way the search is exact."""
+        """[B, n] -> codes [B, T, K]; in fp32 by the model's own code where nothing is padded.
+
+        In every precision the search is exact.
+        """
         with arithmetic(precision, self.device):
             if precision == "fp32" and min(lengths) == batch.shape[1]:
                 return self.model.encode(batch[:, None]).audio_codes.transpose(1, 2).contiguous()
@@ -155,9 +159,9 @@ class Codec:
             codes = self.model.quantizer.encode(hidden, self.model.config.target_bandwidths[-1])
         return codes.permute(1, 2, 0).contiguous()  # [K, B, T]
 
-    def _planned(self, second: int, ragged: bool) -> int:
+    def _planned(self, second: int) -> int:
         """`second` of `rounded` and `batches` where shapes shall be few, else 0."""
-        return second if ragged and self.device.type == "cuda" else 0
+        return second if self.device.type == "cuda" else 0
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """codes [T, K] -> float32 [T * samples_per_frame]; T = 0 gives an empty wave."""
@@ -192,7 +196,7 @@ class Codec:
             by_length[len(clip)].append(i)
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
         by_length.pop(0, None)
-        second = self._planned(self.sample_rate_hz // self.samples_per_frame, ragged)
+        second = self._planned(self.sample_rate_hz // self.samples_per_frame)
         for part in batches(by_length, max_batch_frames, ragged, second):
             lengths = [len(codes[i]) for i in part]
             longest = rounded(max(lengths), second)

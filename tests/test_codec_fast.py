@@ -14,7 +14,7 @@ import torch
 
 import higgs_lab.codec
 from higgs_lab import codec_fast
-from higgs_lab.codec import Codec, arithmetic, batches, rounded
+from higgs_lab.codec import Codec, arithmetic, batches, exact_float32, rounded
 from higgs_lab.codec_fast import (
     _convolve_last,
     _replaced,
@@ -24,6 +24,7 @@ from higgs_lab.codec_fast import (
     semantic_frames,
     stage_lengths,
 )
+from recipes.bench_codec import own_codes
 from tests.tiny import random_codes, voice_like
 
 # Under a second; whole frames, where the model pads nothing; and what it pads by half a frame.
@@ -233,8 +234,27 @@ def test_the_released_shape_shares_batches_too():
 # --- precisions
 
 
+def test_on_a_gpu_a_clip_alone_is_as_long_as_whole_seconds(codec, wavs, alone, monkeypatch):
+    """cuDNN plans every new length for longer than the reference takes: few may come."""
+    lengths, encode, decode = set(), codec._encode, codec._decode
+    monkeypatch.setattr(codec, "_planned", lambda second: second)
+    monkeypatch.setattr(
+        codec, "_encode", lambda x, *rest: lengths.add(x.shape[-1] / 24_000) or encode(x, *rest)
+    )
+    monkeypatch.setattr(
+        codec, "_decode", lambda x, *rest: lengths.add(x.shape[-1] / 25) or decode(x, *rest)
+    )
+    waves = [codec.decode(one) for one in alone]
+    assert agreement([codec.encode(wav) for wav in wavs], alone) >= 0.999
+    assert agreement(codec.encode_batch(wavs), alone) >= 0.999
+    assert lengths == {1, 2, 3}
+    monkeypatch.undo()
+    for made, wanted in zip(waves, codec.decode_batch(alone), strict=True):
+        np.testing.assert_allclose(made, wanted, atol=1e-5)
+
+
 def test_the_reference_is_the_models_own_code(codec, wavs, alone, monkeypatch):
-    """fp32 codes of clips of one length never go through what is new."""
+    """On a CPU fp32 codes of clips of one length never go through what is new."""
 
     def refuse(*_):
         raise AssertionError("the reference took the fast way")
@@ -346,10 +366,10 @@ def test_the_released_shape_on_a_gpu(precision, codes_kept):
 
     codec = Codec(_codec(CODEC_CONFIG, seed=0).cuda(), "random")
     wavs = [voice_like(s, seed=i) for i, s in enumerate([1.0, 3.3, 1.04, 2.5])]
-    wanted = codec.encode_batch(wavs)
-    assert (
-        agreement(codec.encode_batch(wavs, precision=precision, ragged=True), wanted) >= codes_kept
-    )
+    wanted = [own_codes(codec, wav) for wav in wavs]
+    for ragged in (False, True):
+        made = codec.encode_batch(wavs, precision=precision, ragged=ragged)
+        assert agreement(made, wanted) >= codes_kept
 
 
 @pytest.mark.gpu
@@ -360,9 +380,12 @@ def test_the_released_shape_on_a_gpu(precision, codes_kept):
 )
 def test_precisions_on_a_gpu(nano, wavs, precision, codes_kept, deviation):
     codec = Codec.from_pretrained(nano, "cuda")
-    codes = codec.encode_batch(wavs)
+    codes = [own_codes(codec, wav) for wav in wavs]
     made = codec.encode_batch(wavs, precision=precision, ragged=True)
     assert agreement(made, codes) >= codes_kept
-    wanted = np.concatenate(codec.decode_batch(codes))
+    with exact_float32(), torch.inference_mode():
+        batches = [one.T[None].cuda() for one in codes]
+        waves = [codec.model.decode(one).audio_values[0, 0].cpu() for one in batches]
+    wanted = torch.cat(waves).numpy()
     made = np.concatenate(codec.decode_batch(codes, ragged=True, precision=precision))
     assert np.linalg.norm(made - wanted) <= deviation * np.linalg.norm(wanted)
