@@ -113,10 +113,11 @@ def training_gib(
         # the text table stays on the host, its rows come with the pack: see working
         weights = base * shape.block_weights + 2 * shape.table_weights + 2 * lora
         state = (8 + moments) * lora
+    rotated = (shape.qkv + shape.attended) // 2  # of q and k
     kept = {
-        # x, the sum with attention, qkv, the same rotated, attention, gate and up
-        "none": 2 * D + 2 * shape.qkv + shape.attended + 2 * F,
-        "selective": 2 * D + 2 * shape.qkv + shape.attended,
+        # x, the sum with attention, qkv, q and k rotated, attention, gate and up
+        "none": 2 * D + shape.qkv + rotated + shape.attended + 2 * F,
+        "selective": 2 * D + shape.qkv + rotated + shape.attended,
         # QLoRA's blocks are modules: what goes into each of them
         "full": D if method == "qlora" else 2 * D,
     }[checkpointing]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,13 @@ Spoken = tuple[int, np.ndarray, "SpeechInfo"]
 class SpeechInfo:
     """How a wave came about."""
 
-    codes: Tensor  # [T, K] of all chunks
+    codes: Tensor = field(repr=False)  # [T, K] of all chunks
     stop_reason: str  # "eoc", or "max_frames" when any chunk ran into its cap
     seconds: float
     frames: int
     seed: int
     chunks: list[str]  # the texts as they were spoken, one by one
-    generations: list[Generation]  # of each chunk
+    generations: list[Generation] = field(repr=False)  # of each chunk
 
 
 class Higgs:

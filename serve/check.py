@@ -337,6 +337,10 @@ def main() -> None:
     if args.json:
         write_json_atomic(args.json, {"problems": len(bad), "findings": [*map(asdict, findings)]})
     said = "served as it should be" if args.live else "fit to be served"
+    if args.engine != "both":
+        said += f" by {args.engine}"
+        refused = [e for e in ENGINES if e != args.engine and failures(findings, e)]
+        said += "".join(f"; {engine} would refuse it" for engine in refused)
     print(f"\n{len(bad)} problems" if bad else f"\n{said}")
     sys.exit(bool(bad))
 

@@ -168,8 +168,8 @@ def test_checkpointing_keeps_what_it_says(checkpointing):
     count(held)
     adapters = {"none": 4 * 16, "selective": 4 * 16, "full": 2 * 16}[checkpointing]
     wanted = {
-        "none": 2 * 64 + 128 + (64 + 32 + 32) + 64 + 2 * 96,
-        "selective": 2 * 64 + 128 + (64 + 32 + 32) + 64,
+        "none": 2 * 64 + 128 + (64 + 32) + 64 + 2 * 96,
+        "selective": 2 * 64 + 128 + (64 + 32) + 64,
         "full": 2 * 64,
     }[checkpointing]
     assert wanted <= sum(seen.values()) / L <= wanted + adapters
