@@ -14,8 +14,7 @@ Transformers' Qwen3 blocks know the first and varlen, as "sdpa" and "higgs_varle
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +25,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from higgs_lab.trial import kernels_agree
 
 VARLEN = "higgs_varlen"
 
@@ -235,7 +236,10 @@ def attention_kind(
     """
     varlen = varlen_available(device, dtype)
     if wanted == "triton" and not triton_runs(device, dtype, heads):
-        raise ValueError("attention=triton needs CUDA, half precision and Triton: use auto")
+        raise ValueError(
+            "attention=triton needs CUDA, half precision, Triton and 1, 2, 4 or 8 query heads of "
+            "16 to 128 a key-value head: use auto"
+        )
     if wanted == "varlen" and not varlen:
         raise ValueError("attention=varlen needs CUDA, bf16 and a torch with varlen_attn: use sdpa")
     if wanted == "flex" and device.type != "cuda":
@@ -300,41 +304,32 @@ def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def triton_runs(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]) -> bool:
-    """Whether `packed_attention` runs here and is right, shown by a trial against SDPA in fp32.
+    """Whether `packed_attention` runs here and is right, shown by a trial against SDPA in fp32."""
 
-    Triton may be missing, the C compiler that it calls too, and a card may have too little shared
-    memory.
-    """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    from higgs_lab.packed_attention import back, fits, forth
+    def results() -> Iterable[tuple[Tensor, Tensor]]:
+        from higgs_lab.packed_attention import PackedAttention
 
-    if not fits(*heads):
+        bounds, random = (0, 100, 101, 256), torch.Generator(device).manual_seed(0)
+        spans = document_spans(torch.tensor(bounds, dtype=torch.int32, device=device), bounds[-1])
+        *leaves, d_out = (
+            torch.randn(bounds[-1], n, heads[2], generator=random, device=device).to(dtype)
+            for n in (heads[0], heads[1], heads[1], heads[0])
+        )
+        found = []
+        for exact in (False, True):
+            inputs = [(t.float() if exact else t.clone()).requires_grad_() for t in leaves]
+            if exact:
+                out = _split_attention(*inputs, bounds)
+            else:
+                out = PackedAttention.apply(*inputs, *spans)
+            found.append((out, *torch.autograd.grad(out, inputs, d_out.to(out.dtype))))
+        return zip(*found, strict=True)
+
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
-    bounds, generator = (0, 100, 101, 256), torch.Generator(device).manual_seed(0)
-    spans = document_spans(torch.tensor(bounds, dtype=torch.int32, device=device), bounds[-1])
-    counts = (heads[0], heads[1], heads[1], heads[0])
-    q, k, v, d_out = (
-        torch.randn(bounds[-1], n, heads[2], generator=generator, device=device).to(dtype)
-        for n in counts
-    )
-    try:
-        out, lse = forth(q, k, v, spans[0])
-        found = (out, *back(d_out, q, k, v, *spans, out, lse))
-    except Exception as error:  # Triton's own errors share no class, a missing compiler's neither
-        warnings.warn(f"Triton does not run here, training is slower: {error}", stacklevel=2)
-        return False
-    with torch.enable_grad():
-        leaves = [t.float().requires_grad_() for t in (q, k, v)]
-        wanted = _split_attention(*leaves, bounds)
-        wanted = (wanted, *torch.autograd.grad(wanted, leaves, d_out.float()))
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
-    if not all(error < 0.02 for error in errors):  # a NaN is not
-        warnings.warn("Triton's attention is wrong here, training is slower", stacklevel=2)
-        return False
-    return True
+    from higgs_lab.packed_attention import fits
+
+    return fits(*heads) and kernels_agree(device, dtype, results, "packs are slower")
 
 
 def heads_of(config) -> tuple[int, int, int]:

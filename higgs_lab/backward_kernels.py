@@ -25,6 +25,7 @@ def swiglu_back(d_acted: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     d_acted: the product's gradient [N, F].
     """
     N, F = d_acted.shape
+    d_acted, gate_up = d_acted.contiguous(), gate_up.contiguous()
     d_gate_up, acted = torch.empty_like(gate_up), torch.empty_like(d_acted)
     _swiglu_back[(N, triton.cdiv(F, COLUMNS))](d_acted, gate_up, d_gate_up, acted, F, COLUMNS)
     return d_gate_up, acted

@@ -121,7 +121,8 @@ class Codec:
     ) -> list[Tensor]:
         """Same codes as one by one: only clips of equal sample count share a forward pass.
 
-        On a GPU it is as long as whole seconds, of which nothing counts behind a clip's end.
+        On a GPU it is as long as whole seconds, of which nothing counts behind a clip's end; codes
+        are those of the model's own code up to rounding there, which moves few.
         precision: one of PRECISIONS; all but fp32 give some other codes (recipes/bench_codec.py).
         ragged: clips of any length share one, which is the same up to rounding: few codes change.
         """

@@ -8,7 +8,7 @@ modules' weights become views of them, so training, saving and merging see what 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from higgs_lab.attention import Documents
 from higgs_lab.talker import Talker
+from higgs_lab.trial import kernels_agree
 
 
 @dataclass(frozen=True)
@@ -263,39 +264,29 @@ def _or_plain(compiled: Callable, function: Callable) -> Callable:
 def _split_kv_runs(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> bool:
-    """Whether `decode_attention` runs here, shown by a trial against SDPA.
+    """Whether `decode_attention` runs here, shown by a trial against SDPA."""
 
-    For half precision on a GPU: the products of fp32 would be TF32's. Triton may be missing, the
-    C compiler that it calls too, and a card may have too little shared memory.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or not half or find_spec("triton") is None:
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    from higgs_lab.decode_attention import decode_attention, fits
+    def results() -> Iterator[tuple[Tensor, Tensor]]:
+        from higgs_lab.decode_attention import decode_attention
 
-    if not fits(heads, kv_heads, head_dim):
+        random = torch.Generator(device).manual_seed(0)
+        q, keys, values = (
+            torch.randn(2, *shape, head_dim, generator=random, device=device, dtype=dtype)
+            for shape in ((heads,), (kv_heads, 90), (kv_heads, 90))
+        )
+        lengths = torch.tensor([90, 7], device=device)
+        seen = (torch.arange(90, device=device) < lengths[:, None])[:, None, None]
+        wide = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (keys, values))
+        wanted = F.scaled_dot_product_attention(q[:, :, None], *wide, attn_mask=seen)[:, :, 0]
+        yield decode_attention(q, keys, values, lengths), wanted
+
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
-    random = torch.Generator(device).manual_seed(0)
-    q, keys, values = (
-        torch.randn(2, *shape, head_dim, generator=random, device=device, dtype=dtype)
-        for shape in ((heads,), (kv_heads, 90), (kv_heads, 90))
+    from higgs_lab.decode_attention import fits
+
+    return fits(heads, kv_heads, head_dim) and kernels_agree(
+        device, dtype, results, "speaking is slower"
     )
-    lengths = torch.tensor([90, 7], device=device)
-    seen = (torch.arange(90, device=device) < lengths[:, None])[:, None, None]
-    try:
-        found = decode_attention(q, keys, values, lengths)
-    except Exception as error:  # Triton's own errors share no class, a missing compiler's neither
-        warnings.warn(f"Triton does not run here, speaking is slower: {error}", stacklevel=2)
-        return False
-    groups = heads // kv_heads
-    wide = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
-    wanted = F.scaled_dot_product_attention(q[:, :, None], *wide, attn_mask=seen)[:, :, 0]
-    right = bool((found - wanted).float().norm() < 0.02 * wanted.float().norm())
-    if not right:
-        warnings.warn("Triton's attention is wrong here, speaking is slower", stacklevel=2)
-    return right
 
 
 def _few_rows(engine: Engine) -> int:

@@ -120,7 +120,7 @@ class FusedBlocks:
         config = talker.config
         self.attention, self.checkpointing, self.compiled = attention, checkpointing, compile
         self.head_dim, self.eps, self.dtype = config.head_dim, config.rms_norm_eps, dtype
-        kernels = kernels_run(talker.device, dtype)
+        kernels = kernels_run(talker.device, dtype, config.head_dim)
         fused = [_fuse_blocks(layers, dtype, kernels) for layers in _groups(talker.model.layers)]
         self.blocks = [block for blocks, _, _ in fused for block in blocks]
         self.copies = [copy for _, copies, _ in fused for copy in copies]

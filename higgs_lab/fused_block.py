@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from higgs_lab.engine import _rotate
+from higgs_lab.trial import kernels_agree
 
 
 @dataclass
@@ -187,6 +187,7 @@ def _heads_back(
     cos: Tensor, sin: Tensor, eps: float, kernels: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """-> the gradient of qkv, and [those of the trained norms of q and k]."""
+    dq, dk, dv = (t.contiguous() for t in (dq, dk, dv))  # SDPA gives heads before positions
     if kernels and not (q_norm.requires_grad or k_norm.requires_grad):
         from higgs_lab.backward_kernels import heads_back
 
@@ -234,31 +235,23 @@ def _rotate_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @cache
-def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `backward_kernels` runs here and is right, shown by a trial; else the compiler's do.
+def kernels_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `backward_kernels` runs here and is right, by a trial; else the compiler's do."""
 
-    Triton may be missing, and the C compiler that it calls too.
-    """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    generator = torch.Generator(device).manual_seed(0)
+    def results() -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator(device).manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    of_mlp = (random(20, 1100), random(20, 2200))
-    of_heads = (random(20, 4, 64), random(20, 2, 64), random(20, 2, 64), random(20, 512))
-    of_heads += (random(64), random(64), random(20, 1, 64), random(20, 1, 64), 1e-6)
-    try:
-        found = (*_swiglu_back(*of_mlp, True), _heads_back(*of_heads, True)[0])
-    except Exception as error:  # Triton's own errors share no class, a missing compiler's neither
-        warnings.warn(f"Triton does not run here, training is slower: {error}", stacklevel=2)
-        return False
-    wanted = (*_swiglu_back(*of_mlp, False), _heads_back(*of_heads, False)[0])
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
-    if not all(error < 0.02 for error in errors):  # a NaN is not
-        warnings.warn("Triton's kernels are wrong here, training is slower", stacklevel=2)
-        return False
-    return True
+        d = head_dim
+        of_mlp = (random(20, 1100), random(20, 2200))
+        of_heads = (random(20, 4, d), random(20, 2, d), random(20, 2, d), random(20, 8 * d))
+        of_heads += (random(d), random(d), random(20, 1, d), random(20, 1, d), 1e-6)
+        found, wanted = (
+            (*_swiglu_back(*of_mlp, own), _heads_back(*of_heads, own)[0]) for own in (True, False)
+        )
+        yield from zip(found, wanted, strict=True)
+
+    power_of_two = head_dim & (head_dim - 1) == 0  # as Triton's ranges are
+    return power_of_two and kernels_agree(device, dtype, results, "training is slower")

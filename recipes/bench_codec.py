@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from higgs_lab.codec import PRECISIONS, Codec, exact_float32
+from higgs_lab.codec import MIN_SAMPLES_SEC, PRECISIONS, Codec, exact_float32
 from recipes.bench import Bench, arguments, timed
 from recipes.bench_generate import make_codec
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> Bench:
     codec = make_codec(bench)
     wavs = [buzz(args.clip_sec, seed, codec.sample_rate_hz) for seed in range(args.batch)]
     codes = [own_codes(codec, wav) for wav in wavs]
-    waves = codec.decode_batch(codes)
+    waves = [own_wave(codec, clip) for clip in codes]
     cut = [slice(len(c) - 7 * i) for i, c in enumerate(codes)]  # of different lengths
     short = [w[: end.stop * codec.samples_per_frame] for w, end in zip(wavs, cut, strict=True)]
     bench.row("encode fp32, one by one", partial(encode, bench, codec, wavs, codes, "fp32", True))
@@ -85,16 +85,25 @@ def encode(bench: Bench, codec: Codec, wavs, wanted, precision: str, single=Fals
 
 
 def own_codes(codec: Codec, wav: np.ndarray) -> torch.Tensor:
-    """[T, K] by the model's own code."""
+    """[T, K] by the model's own code, in fp32 and of one clip: what the rest is held to."""
+    shortest = round(MIN_SAMPLES_SEC * codec.sample_rate_hz)
+    wav = np.pad(wav, (0, max(0, shortest - len(wav))))
     with exact_float32(), torch.inference_mode():
         batch = torch.from_numpy(wav).to(codec.device)[None, None]
         return codec.model.encode(batch).audio_codes[0].T.cpu()
 
 
+def own_wave(codec: Codec, codes: torch.Tensor) -> np.ndarray:
+    """The same of codes [T, K]."""
+    with exact_float32(), torch.inference_mode():
+        batch = codes.T[None].to(codec.device)
+        return codec.model.decode(batch).audio_values[0, 0].cpu().numpy()
+
+
 def decode(bench: Bench, codec: Codec, codes, wanted, precision: str, single=False) -> dict:
     call = partial(codec.decode_batch, precision=precision, ragged=True, max_batch_frames=1 << 30)
     made = call(codes)
-    wanted = wanted or [codec.decode(clip) for clip in codes]
+    wanted = wanted or [own_wave(codec, clip) for clip in codes]
     seconds = sum(map(len, made)) / codec.sample_rate_hz
     found = timed(_step(call, codes, seconds, single), bench.args.row_sec, warm=1, least=2)
     bench.profile(lambda: call(codes))

@@ -78,8 +78,10 @@ def test_own_kernels_are_chosen_on_hopper():
     device, heads = torch.device("cuda"), (32, 8, 128)
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("no H100 or H200")
-    assert kernels_run(device, torch.bfloat16) and kernels_run(device, torch.float16)
-    assert triton_runs(device, torch.float16, (4, 2, 64))
+    assert kernels_run(device, torch.bfloat16, 128) and kernels_run(device, torch.float16, 64)
+    assert not kernels_run(device, torch.bfloat16, 96)
+    with torch.inference_mode():  # as somebody who only speaks may be
+        assert triton_runs(device, torch.float16, (4, 2, 64))
     assert attention_kind("auto", device, torch.bfloat16, heads) == "triton"
     assert attention_kind("auto", device, torch.bfloat16, (12, 4, 128)) == "varlen"  # 3 a head
 
