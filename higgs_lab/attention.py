@@ -237,8 +237,9 @@ def attention_kind(
     varlen = varlen_available(device, dtype)
     if wanted == "triton" and not triton_runs(device, dtype, heads):
         raise ValueError(
-            "attention=triton needs CUDA, half precision, Triton and 1, 2, 4 or 8 query heads of "
-            "16 to 128 a key-value head: use auto"
+            "attention=triton needs a card of compute capability 8.0 or more, bf16 or fp16, "
+            "Triton, heads of width 16, 32, 64 or 128, and 1, 2, 4 or 8 query heads for each "
+            "key-value head: use auto"
         )
     if wanted == "varlen" and not varlen:
         raise ValueError("attention=varlen needs CUDA, bf16 and a torch with varlen_attn: use sdpa")
@@ -325,11 +326,12 @@ def triton_runs(device: torch.device, dtype: torch.dtype, heads: tuple[int, int,
             found.append((out, *torch.autograd.grad(out, inputs, d_out.to(out.dtype))))
         return zip(*found, strict=True)
 
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    from higgs_lab.packed_attention import fits
+    def fits() -> bool:
+        from higgs_lab import packed_attention
 
-    return fits(*heads) and kernels_agree(device, dtype, results, "packs are slower")
+        return packed_attention.fits(*heads)
+
+    return kernels_agree(device, dtype, fits, results, "packs are slower")
 
 
 def heads_of(config) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from higgs_lab.codec_fast import embed_clips, run_dac, semantic_frames
+from higgs_lab.codec_fast import embed_clips, run_dac, semantic_frames, takes_lengths
 from higgs_lab.vocab import CODEC_CONFIG
 
 # In the v3 bundle, but not in the model: HuBERT's pre-training mask (facts §1.5).
@@ -132,6 +132,8 @@ class Codec:
             by_length[max(len(wav), self._shortest)].append(i)
         codes: list[Tensor | None] = [None] * len(clips)
         second = self._planned(self.sample_rate_hz)
+        if precision == "fp32" and not ragged and not takes_lengths(self.model):
+            second = 0
         for part in batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged, second):
             lengths = [max(len(clips[i]), self._shortest) for i in part]
             longest = rounded(max(lengths), second)

@@ -186,6 +186,11 @@ def encode_semantic(model: HiggsAudioV2TokenizerModel, x: Tensor, frames: Sequen
     return x
 
 
+def takes_lengths(model: HiggsAudioV2TokenizerModel) -> bool:
+    """Whether `embed_clips` knows this codec's HuBERT; else only its own code does."""
+    return model.config.semantic_model_config.feat_extract_norm == "group"
+
+
 HUBERT_MARGIN = 160  # samples of silence on both sides, a constant of transformers' model
 
 
@@ -211,7 +216,7 @@ def _hubert(
     """
     config, hubert = model.config, model.semantic_model
     for_gpu = wavs.is_cuda if for_gpu is None else for_gpu
-    if config.semantic_model_config.feat_extract_norm != "group":
+    if not takes_lengths(model):
         raise ValueError(
             "a HuBERT without a group norm is not of a Higgs v2 tokenizer: this codec encodes with "
             "precision=fp32 only, clips of one length together"

@@ -183,7 +183,9 @@ class Slots:
             for buffer, values in zip(self.packed, (rows, slot, position, ends), strict=True):
                 values = values if isinstance(values, Tensor) else engine.send(values)
                 buffer[: len(values)] = values
-            self._replay_pass(room, bound_of(max(*lengths, rest)), compile)
+            # which own kernels need not know
+            longest = room if self.attention == "triton" else bound_of(max(*lengths, rest))
+            self._replay_pass(room, longest, compile)
             return
         ends = torch.as_tensor(ends, dtype=torch.int32)
         if self.attention != "split":  # which reads them on the host

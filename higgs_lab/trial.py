@@ -13,14 +13,16 @@ from torch import Tensor
 def kernels_agree(
     device: torch.device,
     dtype: torch.dtype,
+    fits: Callable[[], bool],
     results: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     otherwise: str,
 ) -> bool:
     """Whether each pair of (a kernel's result, what it stands for) is equal within 2 %.
 
-    For half precision: the products of fp32 would be TF32's. Triton may be missing, the C compiler
-    that it calls too, and a card may have too little shared memory: a warning says what is so
-    `otherwise`. Results are asked for with gradients, whatever mode the caller is in.
+    For half precision: the products of fp32 would be TF32's. fits: whether the kernels are made for
+    such shapes at all. Triton may be missing, the C compiler that it calls too, and a card may have
+    too little shared memory: then a warning says so, and what follows (`otherwise`). Results are
+    asked for with gradients, whatever mode the caller is in.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type != "cuda" or not half or find_spec("triton") is None:
@@ -30,6 +32,8 @@ def kernels_agree(
     modes = (torch.inference_mode(False), torch.enable_grad())
     with torch.cuda.device(device), modes[0], modes[1], torch.autocast("cuda", enabled=False):
         try:
+            if not fits():
+                return False
             pairs = [(a.detach().float(), b.detach().float()) for a, b in results()]
         except torch.OutOfMemoryError:
             raise

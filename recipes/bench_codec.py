@@ -86,7 +86,7 @@ def encode(bench: Bench, codec: Codec, wavs, wanted, precision: str, single=Fals
 
 def own_codes(codec: Codec, wav: np.ndarray) -> torch.Tensor:
     """[T, K] by the model's own code, in fp32 and of one clip: what the rest is held to."""
-    shortest = round(MIN_SAMPLES_SEC * codec.sample_rate_hz)
+    shortest = int(MIN_SAMPLES_SEC * codec.sample_rate_hz)
     wav = np.pad(wav, (0, max(0, shortest - len(wav))))
     with exact_float32(), torch.inference_mode():
         batch = torch.from_numpy(wav).to(codec.device)[None, None]

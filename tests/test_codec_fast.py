@@ -174,6 +174,11 @@ def test_another_hubert_is_refused(codec, monkeypatch):
     monkeypatch.setattr(config, "feat_extract_norm", "layer")
     with pytest.raises(ValueError, match="group norm"):
         codec_fast._hubert(codec.model, torch.zeros(1, 24_000), [24_000])
+    monkeypatch.setattr(codec, "_planned", lambda second: second)  # as on a GPU
+    wav = voice_like(1.3)
+    with pytest.raises(ValueError, match="precision=fp32"):
+        codec.encode_batch([wav], precision="fp16")
+    assert torch.equal(codec.encode(wav), own_codes(codec, wav))  # which it may still do
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,8 @@ def run(name: str, module: str = "tests.test_decode_attention"):
 def test_it_is_sdpa_over_each_slots_own_length():
     found = run("interpreted")
     assert len(found["errors"]) == 2 * len(CASES)
-    assert max(found["errors"][0::2]) < 1e-5  # fp32
-    assert max(found["errors"][1::2]) < 2e-3  # fp16
+    assert all(error < 1e-5 for error in found["errors"][0::2])  # fp32; a NaN is not
+    assert all(error < 2e-3 for error in found["errors"][1::2])  # fp16
     assert found["mates"]
 
 

@@ -93,11 +93,11 @@ def found():
 
 def test_parts_add_up_to_the_product(found):
     assert len(found["linear"]) == len(CASES)
-    assert max(found["linear"]) < 1e-6
+    assert all(error < 1e-6 for error in found["linear"])  # a NaN is not
 
 
 def test_gate_and_up_are_multiplied_where_they_are_summed(found):
-    assert max(found["gated"]) < 5e-4  # rounded once, to fp16
+    assert all(error < 5e-4 for error in found["gated"])  # rounded once, to fp16
 
 
 def test_a_rows_sums_do_not_depend_on_its_mates(found):
@@ -106,8 +106,8 @@ def test_a_rows_sums_do_not_depend_on_its_mates(found):
 
 def test_blocks_are_the_engines(found):
     fp32, fp16 = found["blocks"]  # rows, caches, logits
-    assert max(fp32) < 1e-5
-    assert max(fp16) < 5e-3
+    assert all(error < 1e-5 for error in fp32)
+    assert all(error < 5e-3 for error in fp16)
 
 
 def test_a_trial_tells_right_from_wrong(found):

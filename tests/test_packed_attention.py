@@ -56,7 +56,7 @@ def errors() -> list[float]:
         found = results(lambda q, k, v: PackedAttention.apply(q, k, v, *spans), *parts)  # noqa: B023
         wanted = results(lambda q, k, v: _split_attention(q, k, v, bounds), *parts)  # noqa: B023
         pairs = zip(found, wanted, strict=True)
-        worst.append(max(float((a - b).abs().max()) for a, b in pairs))
+        worst += [float((a - b).abs().max()) for a, b in pairs]
     return worst
 
 
@@ -108,7 +108,8 @@ def found() -> dict:
 
 
 def test_it_is_one_call_a_document_forth_and_back(found):
-    assert max(found["errors"]) < 1e-5
+    assert len(found["errors"]) == 4 * len(CASES)
+    assert all(error < 1e-5 for error in found["errors"])  # a NaN is not
 
 
 def test_what_other_documents_hold_changes_no_bit(found):
@@ -117,4 +118,4 @@ def test_what_other_documents_hold_changes_no_bit(found):
 
 def test_a_step_with_kernels_is_one_with_none(found):
     assert len(found["steps"]) > 80
-    assert max(found["steps"]) < 1e-4
+    assert all(error < 1e-4 for error in found["steps"])
