@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from serve.check import FAIL, check_export, failures, main
+from serve.check import FAIL, OK, Finding, check_export, failures, main
 from serve.export import export
 
 INDEX = "model.safetensors.index.json"
@@ -215,3 +215,21 @@ def test_command_line_says_so_and_exits_with_one(good, tmp_path, monkeypatch, ca
         main()
     out = capsys.readouterr().out
     assert ended.value.code == 1 and "lora_a" in out and "1 problems" in out
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("vllm", "fit to be served by vllm; sglang would refuse it"),
+        ("both", "1 problems"),
+        ("sglang", "1 problems"),
+    ],
+)
+def test_the_last_line_names_who_would_serve_it(engine, said, monkeypatch, capsys):
+    found = [Finding("tied copies", OK, FAIL, "why")]
+    monkeypatch.setattr("serve.check.check_export", lambda path: found)
+    monkeypatch.setattr(sys, "argv", ["check", "somewhere", "--engine", engine])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert ended.value.code == (engine != "vllm")
