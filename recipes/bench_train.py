@@ -43,7 +43,14 @@ def main(argv: list[str] | None = None) -> Bench:
     parser.add_argument("--part", default="speed", help="speed, memory, full, data; by commas")
     parser.add_argument("--positions", type=int, help="of a pack; 8192, on a CPU 2048")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--documents", default="150,700", help="their positions, from and to")
+    parser.add_argument(
+        "--documents",
+        nargs=2,
+        type=int,
+        default=(150, 700),
+        metavar=("FROM", "TO"),
+        help="positions of the synthetic ones",
+    )
     parser.add_argument("--plain-batch", type=int, default=8, help="clips of a padded batch")
     parser.add_argument("--clips", type=int, help="of the data part; 10000, on a CPU 300")
     parser.add_argument("--attention", default="auto", help="triton, varlen, flex, sdpa, split")
@@ -302,10 +309,9 @@ def bench_config(bench: Bench):
 
 def examples(bench: Bench, count: int, seed: int) -> list[Example]:
     """Sequences of as many positions as --documents says."""
-    least, most = map(int, bench.args.documents.split(","))
     rng = np.random.default_rng(seed)
     found = []
-    for total in rng.integers(least, most, count):
+    for total in rng.integers(*bench.args.documents, count):
         text = " ".join([TEXT] * 3)[: int(rng.integers(20, 120))]
         frames = max(8, int(total) - len(bench.vocab.encode(text)) - 9)
         codes = torch.from_numpy(rng.integers(0, 1024, (frames, 8)))
