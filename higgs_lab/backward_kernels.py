@@ -39,9 +39,9 @@ def _swiglu_back(d_acted, gate_up, d_gate_up, acted, F, COLUMNS: tl.constexpr):
     dy = tl.load(d_acted + row * F + column, mask=inside).to(tl.float32)
     gate = tl.load(gate_up + row * 2 * F + column, mask=inside).to(tl.float32)
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside).to(tl.float32)
-    open_ = tl.sigmoid(gate)
-    silu = gate * open_
-    d_gate = dy * up * (open_ + silu * (1 - open_))
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = dy * up * (sigmoid + silu * (1 - sigmoid))
     dtype = acted.dtype.element_ty
     tl.store(d_gate_up + row * 2 * F + column, d_gate.to(dtype), mask=inside)
     tl.store(d_gate_up + row * 2 * F + F + column, (dy * silu).to(dtype), mask=inside)

@@ -39,7 +39,7 @@ class PackedAttention(torch.autograd.Function):
     """q [L, H, d], k and v [L, H_kv, d] -> [L, H, d].
 
     starts, ends: int32 [L], `attention.document_spans`. A position's heads must be dense, positions
-    may lie apart, as those of views of one product do.
+    may lie apart, as those of views of one product do; raises ValueError for other strides.
     """
 
     @staticmethod
@@ -75,7 +75,10 @@ def back(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, from `forth`'s results and out's gradient, both dense."""
+    """Gradients of q [L, H, d], k and v [L, H_kv, d], from what `forth` gave.
+
+    out [L, H, d], lse [L, H] and out's gradient d_out [L, H, d] are dense.
+    """
     L, H, d = q.shape
     kv_heads = k.shape[1]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
@@ -112,16 +115,9 @@ def _forth(
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A tile of TILE positions of the GROUP query heads of one key-value head."""
-    first, head = tl.program_id(0) * TILE, tl.program_id(1)
-    end = tl.minimum(first + TILE, L)
-    row, column = tl.arange(0, TILE * GROUP), tl.arange(0, D)
-    position = tl.minimum(first + row // GROUP, L - 1)  # beyond the pack: the last one again
-    query_head = head * GROUP + row % GROUP
+    position, query_head, inside, start, lowest, seen, end = _queries(starts, L, GROUP, TILE, KEYS)
+    head, column = tl.program_id(1), tl.arange(0, D)
     place = position * H + query_head
-    start = tl.load(starts + position)
-    lowest = tl.load(starts + first)
-    seen = lowest + (first - lowest) // KEYS * KEYS  # what comes before it, every row sees
-    seen = tl.where(tl.load(starts + end - 1) == lowest, seen, lowest)
     query = tl.load(q + (position * q_apart + query_head * D)[:, None] + column[None, :])
     top = tl.full([TILE * GROUP], LOWEST, tl.float32)
     total = tl.zeros([TILE * GROUP], tl.float32)
@@ -136,10 +132,27 @@ def _forth(
             query, k, v, at, position, start, top, total, sums, L, head,
             k_apart, v_apart, scale, D, KEYS, True,
         )  # fmt: skip
-    inside = first + row // GROUP < L
     tl.store(lse + place, top + tl.log2(total), mask=inside)
     found = (sums / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + place[:, None] * D + column[None, :], found, mask=inside[:, None])
+
+
+@triton.jit
+def _queries(starts, L, GROUP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr):
+    """Of this program's tile, by row: position, query head, whether it is inside of the pack, where
+    its document begins. Then keys: the first that any row sees, the first that not every row sees,
+    and the one after the last."""
+    first = tl.program_id(0) * TILE
+    end = tl.minimum(first + TILE, L)
+    row = tl.arange(0, TILE * GROUP)
+    position = tl.minimum(first + row // GROUP, L - 1)  # beyond the pack: the last one again
+    inside = first + row // GROUP < L
+    query_head = tl.program_id(1) * GROUP + row % GROUP
+    start = tl.load(starts + position)
+    lowest = tl.load(starts + first)
+    seen = lowest + (first - lowest) // KEYS * KEYS  # whole steps before the tile
+    seen = tl.where(tl.load(starts + end - 1) == lowest, seen, lowest)  # none, if it holds several
+    return position, query_head, inside, start, lowest, seen, end
 
 
 @triton.jit
@@ -171,17 +184,9 @@ def _queries_back(
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries; and each row's sum of out * d_out, for `_keys_back`."""
-    first, head = tl.program_id(0) * TILE, tl.program_id(1)
-    end = tl.minimum(first + TILE, L)
-    row, column = tl.arange(0, TILE * GROUP), tl.arange(0, D)
-    position = tl.minimum(first + row // GROUP, L - 1)
-    inside = first + row // GROUP < L
-    query_head = head * GROUP + row % GROUP
+    position, query_head, inside, start, lowest, seen, end = _queries(starts, L, GROUP, TILE, KEYS)
+    head, column = tl.program_id(1), tl.arange(0, D)
     place = position * H + query_head
-    start = tl.load(starts + position)
-    lowest = tl.load(starts + first)
-    seen = lowest + (first - lowest) // KEYS * KEYS
-    seen = tl.where(tl.load(starts + end - 1) == lowest, seen, lowest)
     where = place[:, None] * D + column[None, :]
     grad = tl.load(d_out + where)
     less = tl.sum(grad.to(tl.float32) * tl.load(out + where).to(tl.float32), 1)

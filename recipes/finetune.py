@@ -161,6 +161,7 @@ def build_model(config: TrainConfig, base: Path, device, bf16: bool) -> torch.nn
         talker = load_talker(base, device, torch.float32)
     dtype = torch.bfloat16 if bf16 else torch.float32
     kind = attention_kind(config.attention, talker.device, dtype, heads_of(talker.config))
+    # what cannot be fused goes through the modules, which know torch's kernel
     if kind in ("triton", "varlen") and varlen_available(talker.device, dtype):
         talker.model.set_attn_implementation(VARLEN)
     if config.method == "full":
