@@ -286,7 +286,7 @@ def _checkpoint(
         "revision": checkpoint.revision,
         "weights": fingerprint(checkpoint.path),
         "adapter": tuned,
-        "precision": "fp32" if on_cpu else "as stored",  # higgs_lab.load's choice
+        "precision": "fp32" if on_cpu else "as stored, codec fp16",  # higgs_lab.load's choice
         "sampling": {k: v for k, v in asdict(options).items() if k != "seed"},
     }
     return System(model if adapter is None else f"{model} + {adapter}", details, start, batch)

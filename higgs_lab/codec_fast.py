@@ -9,8 +9,9 @@ rounding alone. What is done here that the model's own forward cannot:
   padding; in a batch what lies behind its end is set to zero before every convolution, HuBERT
   attends to its frames only, and the one normalisation over time takes each clip by itself.
 * On a GPU what DAC's decoder and HuBERT's convolutions read and write has its channels last, as the
-  matrix units want it. HuBERT's grouped convolution, for which cuDNN has no kernel on them in half
-  precision, and its first, of a single channel, are matrix products.
+  matrix units want it; in half precision DAC's encoder's too, and there a residual unit of up to
+  256 channels is one kernel (`residual_unit`). HuBERT's grouped convolution, for which cuDNN has no
+  kernel on them in half precision, and its first, of a single channel, are matrix products.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def embed_clips(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequen
     for row, wav, n, p in zip(moved, wavs, samples, before, strict=True):
         row[0, p : p + n] = wav[:n]
     ends = [n + 2 * p for n, p in zip(samples, before, strict=True)]
-    acoustic = run_dac(model.acoustic_encoder, moved, ends)
+    # in half precision cuDNN's kernels and the fused unit want channels last
+    half = moved.is_cuda and torch.is_autocast_enabled("cuda")
+    acoustic = run_dac(model.acoustic_encoder, moved, ends, channels_last=half)
     count = min(acoustic.shape[-1], semantic.shape[-1])
     both = torch.cat(
         [acoustic[..., :count].to(wavs.dtype), semantic[..., :count].to(wavs.dtype)], 1
@@ -80,16 +83,24 @@ def run_dac(
     ends = ends.to(x.device, non_blocking=True)  # [stages + 1, B]
     inside = torch.arange(x.shape[-1], device=x.device) < ends[0][:, None]
     y, bias, trunk = _begin(net.conv1, x * inside[:, None], channels_last), net.conv1.bias, None
-    for end, stage in zip(ends[1:], stages, strict=False):
-        unit = hasattr(stage[0], "snake2")
-        first = stage[0].snake1 if unit else stage[0]
-        active, trunk = snake(y, bias, first.alpha, end, trunk, keep=unit)
-        if unit:
-            y = _convolve(stage[0].conv1, active)
-            active, _ = snake(y, stage[0].conv1.bias, stage[0].snake2.alpha, end)
-        last = stage[0].conv2 if unit else stage[1]
-        y, bias = _convolve(last, active), last.bias
-    return y + bias[:, None].to(y.dtype)
+    active, trunk = snake(y, bias, _activation(stages[0]).alpha, ends[1], keep=_is_unit(stages[0]))
+    for end, stage, after in zip(ends[2:], stages, stages[1:], strict=False):
+        alpha, keep = _activation(after).alpha, _is_unit(after)
+        if not _is_unit(stage):
+            active, trunk = snake(_convolve(stage[1], active), stage[1].bias, alpha, end, keep=keep)
+            continue
+        unit = stage[0]
+        if channels_last and _fused_unit_runs(unit, active):
+            from higgs_lab.residual_unit import residual_unit
+
+            active, trunk = residual_unit(unit, active, trunk, alpha, end, keep)
+            continue
+        y = _convolve(unit.conv1, active)
+        active, _ = snake(y, unit.conv1.bias, unit.snake2.alpha, end)
+        y = _convolve(unit.conv2, active)
+        active, trunk = snake(y, unit.conv2.bias, alpha, end, trunk, keep)
+    last = stages[-1][1]
+    return _convolve(last, active) + last.bias[:, None].to(active.dtype)
 
 
 def _stages(net: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
@@ -101,6 +112,25 @@ def _stages(net: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
         else:
             yield from [*units, (block.snake1, block.conv1)]
     yield net.snake1, net.conv2
+
+
+def _is_unit(stage: tuple[nn.Module, ...]) -> bool:
+    return len(stage) == 1
+
+
+def _activation(stage: tuple[nn.Module, ...]) -> nn.Module:
+    """The Snake with which a stage begins."""
+    return stage[0].snake1 if _is_unit(stage) else stage[0]
+
+
+def _fused_unit_runs(unit: nn.Module, active: Tensor) -> bool:
+    if not active.is_cuda or active.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        from higgs_lab.residual_unit import runs_for
+    except ImportError:  # no Triton
+        return False
+    return runs_for(unit, active)
 
 
 def stage_lengths(net: nn.Module, length: int) -> list[int]:

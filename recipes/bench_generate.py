@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> Bench:
     parser.add_argument("--texts", type=int, help="texts to wav files; 1000, on a CPU 8")
     parser.add_argument("--frames", type=int, default=200, help="of the single requests, at most")
     parser.add_argument(
-        "--precision", default="bf16", help="of the codec on a GPU: fp32, tf32, fp16, bf16"
+        "--precision", default="fp16", help="of the codec on a GPU: fp32, tf32, fp16, bf16"
     )
     parser.add_argument("--compile", action="store_true", help="compile on a CPU too")
     args = parser.parse_args(argv)

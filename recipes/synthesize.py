@@ -63,16 +63,17 @@ class SynthesizeConfig:
     top_p: float | None = None  # null: the engine's default
     max_frames: int | None = None  # longest take, 25 frames a second; null: by the text's length
     max_chars: int = 300  # longer texts are split (Latin letters; a Han character counts 3)
-    batch_size: int = 16  # texts spoken at once
+    batch_size: int | None = None  # texts spoken at once; null: 64 on a GPU, 16 on the CPU
     device: str | None = None  # null: the GPU if there is one
     dtype: str | None = None  # bfloat16 or float32; null: as stored on a GPU, float32 on the CPU
+    decode_precision: str | None = None  # of the codec: fp32, tf32, fp16, bf16; null: fp16 on a GPU
 
     def __post_init__(self):
         if (self.source is None) == (self.text is None):
             raise ValueError('give either source=FILE or text="..."')
         if self.ref_text is not None and self.ref_audio is None:
             raise ValueError("ref_text is the transcript of ref_audio: give ref_audio too")
-        if self.takes < 1 or self.batch_size < 1:
+        if self.takes < 1 or (self.batch_size is not None and self.batch_size < 1):
             raise ValueError(
                 f"takes={self.takes} and batch_size={self.batch_size} must be at least 1"
             )
@@ -90,6 +91,7 @@ class Take:
 
 def main(config: SynthesizeConfig) -> Path:
     """Speak everything that is not spoken yet; returns the manifest written."""
+    from higgs_lab.speech import default_batch_size
     from higgs_lab.vocab import Vocab
 
     rows, sampling = read_texts(config), sampling_of(config)
@@ -106,10 +108,13 @@ def main(config: SynthesizeConfig) -> Path:
     # killed goes on with the same windows: a take's rounding depends on who is spoken beside it.
     ordered = sorted(takes, key=lambda take: (speech_units(take.row.text), take.stem))
     todo = [take for take in ordered if take.key not in done]
-    size = BATCHES_PER_WINDOW * config.batch_size
-    windows = [todo[i : i + size] for i in range(0, len(todo), size)]
-    if windows:
-        higgs = higgs_lab.load(config.model, config.adapter, config.device, config.dtype)
+    if todo:
+        higgs = higgs_lab.load(
+            config.model, config.adapter, config.device, config.dtype, config.decode_precision
+        )
+        batch_size = config.batch_size or default_batch_size(higgs.talker.device)
+        size = BATCHES_PER_WINDOW * batch_size
+        windows = [todo[i : i + size] for i in range(0, len(todo), size)]
         _record(out, settings, config, checkpoint)  # what cannot be loaded leaves no folder
         references: dict[str, Tensor] = {}
         start = len(takes) - len(todo)

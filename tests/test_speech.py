@@ -12,6 +12,7 @@ from higgs_lab.audio import write_wav
 from higgs_lab.checkpoint import load_talker
 from higgs_lab.generate import Sampling, generate
 from higgs_lab.prompt import render_prompt
+from higgs_lab.speech import default_precision
 from higgs_lab.text import join_waves, max_frames_for, split_text
 from tests.tiny import random_codes, voice_like
 
@@ -31,6 +32,23 @@ def test_a_text_becomes_a_wave_and_its_story(higgs):
     assert (info.seed, info.chunks, len(info.generations)) == (3, ["Hello there."], 1)
     assert info.stop_reason in ("eoc", "max_frames")
     np.testing.assert_allclose(wav, higgs.codec.decode(info.codes), atol=1e-6)
+
+
+def test_the_codec_decodes_in_the_precision_that_is_asked_for(nano, monkeypatch):
+    higgs = higgs_lab.load(nano, decode_precision="bf16")
+    decode, asked = higgs.codec.decode_batch, []
+    monkeypatch.setattr(
+        higgs.codec, "decode_batch", lambda *a, **k: asked.append(k["precision"]) or decode(*a, **k)
+    )
+    wav, info = higgs.speak("Hello.", sampling=FEW)
+    assert asked == ["bf16"]
+    monkeypatch.undo()
+    exact = higgs.codec.decode(info.codes)
+    assert 0 < np.linalg.norm(wav - exact) < 0.05 * np.linalg.norm(exact)
+    devices = torch.device("cpu"), torch.device("cuda")
+    assert [default_precision(device) for device in devices] == ["fp32", "fp16"]
+    with pytest.raises(ValueError, match="decode_precision 'int8': choose fp32, tf32"):
+        higgs_lab.load(nano, decode_precision="int8")
 
 
 def test_it_is_the_parts_put_together(higgs):
