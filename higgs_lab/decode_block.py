@@ -12,6 +12,7 @@ measured; `engine.Engine` tries it there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ PROGRAMS = 132  # multiprocessors of an H100 or H200: one program of a product e
 # of a program: rows of the matrix, elements of each at a time, and how many times ahead is loaded
 TILE, CHUNK, STAGES = 64, 128, 5
 GATED, GATED_MANY = (64, 128, 3), (128, 64, 4)  # the same of gate and up; from 33 rows of x on
+HEADS, WARPS = 8, 4  # of q, k or v that one program rotates, of one kind; its warps
 
 
 def fits(hidden: int, feed_forward: int, heads: int, head_dim: int) -> bool:
@@ -114,17 +116,18 @@ def rotate(
 ) -> Tensor:  # fmt: skip
     """parts [S, M, (H + 2 H_kv) d], summing up to q, k, v -> q [M, H, d].
 
-    q and k get their norms and are rotated by cos and sin [C, d]; k and v go into the caches
-    [M, H_kv, C, d], at each row's position.
+    For any number of rows, parts of any dtype. q and k get their norms and are rotated by cos and
+    sin [C, d]; k and v go into the caches [M, H_kv, C, d], at each row's position.
     """
     splits, M, width = parts.shape
     kv_heads, d = keys.shape[1], keys.shape[3]
     heads = width // d - 2 * kv_heads
     q = torch.empty(M, heads, d, dtype=keys.dtype, device=keys.device)
-    sizes = dict(SPLITS=splits, H=heads, KV=kv_heads, D=d)
-    _rotate[M, heads + 2 * kv_heads](
+    together = min(HEADS, math.gcd(heads, kv_heads) & -math.gcd(heads, kv_heads))
+    sizes = dict(SPLITS=splits, H=heads, KV=kv_heads, D=d, HEADS=together)
+    _rotate[M, (heads + 2 * kv_heads) // together](
         parts, layer.q_norm, layer.k_norm, cos, sin, position, q, keys, values, *keys.stride()[:2],
-        eps, **sizes, **_launch(keys, 1),
+        eps, **sizes, **_launch(keys, WARPS),
     )  # fmt: skip
     return q
 
@@ -208,39 +211,42 @@ def _add_norm(
 @triton.jit
 def _rotate(
     parts, q_norm, k_norm, cos, sin, position, q, keys, values, slot_stride, head_stride, eps,
-    SPLITS: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row, as the halves that the rotation mixes."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """HEADS heads of one row, all of q, of k or of v, as the halves that the rotation mixes."""
+    row, first = tl.program_id(0), tl.program_id(1) * HEADS
     HALF: tl.constexpr = D // 2
-    half = tl.arange(0, HALF)
+    head, half = first + tl.arange(0, HEADS), tl.arange(0, HALF)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    low, high = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
+    low, high = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
     for part in tl.static_range(SPLITS):
-        at = parts + ((part * tl.num_programs(0) + row) * (H + 2 * KV) + head) * D + half
+        at = (part * tl.num_programs(0) + row) * (H + 2 * KV) + head
+        at = parts + at[:, None] * D + half[None, :]
         low += tl.load(at)
         high += tl.load(at + HALF)
     here = tl.load(position + row)
-    if head < H + KV:
-        scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / D + eps)
+    if first < H + KV:
+        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
         norm = q_norm
-        if head >= H:
+        if first >= H:
             norm = k_norm
-        low *= scale * tl.load(norm + half).to(tl.float32)
-        high *= scale * tl.load(norm + HALF + half).to(tl.float32)
+        low *= scale * tl.load(norm + half).to(tl.float32)[None, :]
+        high *= scale * tl.load(norm + HALF + half).to(tl.float32)[None, :]
         # both halves of cos and sin are the same
-        c = tl.load(cos + here * D + half).to(tl.float32)
-        s = tl.load(sin + here * D + half).to(tl.float32)
+        c = tl.load(cos + here * D + half).to(tl.float32)[None, :]
+        s = tl.load(sin + here * D + half).to(tl.float32)[None, :]
         low, high = low * c - high * s, high * c + low * s
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # 64 bits: the cache of 256 slots of 8192 positions has 2^31 elements
     there = row.to(tl.int64) * slot_stride + here * D
     to = q + (row * H + head) * D
-    if head >= H + KV:
+    if first >= H + KV:
         to = values + there + (head - H - KV) * head_stride
-    elif head >= H:
+    elif first >= H:
         to = keys + there + (head - H) * head_stride
-    tl.store(to + half, low.to(q.dtype.element_ty))
-    tl.store(to + HALF + half, high.to(q.dtype.element_ty))
+    to = to[:, None] + half[None, :]
+    tl.store(to, low.to(q.dtype.element_ty))
+    tl.store(to + HALF, high.to(q.dtype.element_ty))

@@ -106,7 +106,8 @@ class Decoder:
         self, waiting: list[Request], max_batch, steps: int, log_probs: bool, graphs: bool
     ) -> Slots:
         """Slots that fit, those of the last call where they do."""
-        rows = max(r.rows for r in waiting)
+        # not to the row, or the next call's longest would have all recorded anew
+        rows = -(-max(r.rows for r in waiting) // 256) * 256
         needed = max(r.positions for r in waiting) + steps + 1
         wanted = min(len(waiting), max_batch or (256 if self.engine.device.type == "cuda" else 32))
         old = self.slots

@@ -116,11 +116,14 @@ class Engine:
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
+        """x [N, D] -> q, k and v side by side [N, (H + 2 H_kv) d], without norm or rotation."""
+        return F.linear(F.rms_norm(x, x.shape[-1:], layer.norm, self.eps), layer.qkv)
+
     def project(self, x: Tensor, layer: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """x [N, D], cos and sin [N, d] -> q [N, H, d], k and v [N, H_kv, d], rotated."""
-        h = F.rms_norm(x, x.shape[-1:], layer.norm, self.eps)
         heads = self.heads + 2 * self.kv_heads
-        qkv = F.linear(h, layer.qkv).unflatten(-1, (heads, self.head_dim))
+        qkv = self.joined(x, layer).unflatten(-1, (heads, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q = F.rms_norm(q, (self.head_dim,), layer.q_norm, self.eps)
         k = F.rms_norm(k, (self.head_dim,), layer.k_norm, self.eps)
@@ -228,9 +231,10 @@ class Engine:
             # one code, many traces: modes, greedy or drawn, dtypes; beyond the limit it would raise
             config = torch._dynamo.config
             config.recompile_limit = max(config.recompile_limit, 64)
-            options = {"coordinate_descent_tuning": True} if batch == 1 else None
-            if options and self.device.type != "cuda":
-                options = None
+            options = None
+            if self.device.type == "cuda":  # a sum over the codebooks is no kernel of its own
+                options = {"unroll_reductions_threshold": self.num_codebooks + 1}
+                options |= {"coordinate_descent_tuning": True} if batch == 1 else {}
             made = torch.compile(function, fullgraph=True, options=options)
             self._compiled[key] = _or_plain(made, function)
         return self._compiled[key]

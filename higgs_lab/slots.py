@@ -277,12 +277,20 @@ class Slots:
             at = torch.arange(length, device=engine.device)
             hidden = torch.zeros(size, length, dtype=engine.dtype, device=engine.device)
             hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
-        project, between = engine.cached_project, engine.feed_forward
+        rotates = engine.few_rows > 0  # a trial has shown that it may
+        project = engine.joined if rotates else engine.cached_project
+        between = engine.feed_forward
         if compile:
             project, between = engine.compiled(project, size), engine.compiled(between, size)
             engine.any_batch(size, x, cos, sin, number, position)
         for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
-            q = project(x, layer, cos, sin, keys, values, number, position)
+            if rotates:
+                from higgs_lab.decode_block import rotate
+
+                mine = keys[:size], values[:size]
+                q = rotate(project(x, layer)[None], layer, engine.eps, *self.rope, position, *mine)
+            else:
+                q = project(x, layer, cos, sin, keys, values, number, position)
             seen = (keys[part, :, :length], values[part, :, :length])
             attended = engine.attend(q, *seen, lengths, hidden)
             if compile and size == 1:

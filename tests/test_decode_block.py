@@ -82,7 +82,7 @@ def interpreted() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("higgs_lab.decode_block.gated", lambda x, weight: x[:, :1] + gated(x, weight))
         found["trial"].append(_trial(engine))
-    found["spoken"] = speech(few_rows=64, **SIZES)[0]
+    found["spoken"] = [speech(few_rows=rows, **SIZES)[0] for rows in (64, 1)]
     print(json.dumps(found))
 
 
@@ -134,7 +134,8 @@ def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, monkeypatch)
 
 
 def test_speech_is_the_slow_twins(found):
-    assert found["spoken"] == [True] * 3
+    """With the blocks for all rows, and from two rows on with the rotation alone."""
+    assert found["spoken"] == [[True] * 3] * 2
 
 
 def test_splits_fill_a_gpu_and_no_more():

@@ -296,6 +296,8 @@ def test_slots_are_kept_for_the_next_call(talker, slow):
     slots = generating._DECODERS[talker].slots
     again = generate(talker, prompts[:3], settings[:3])
     assert generating._DECODERS[talker].slots is slots
+    generate(talker, prompts, [replace(s, max_frames=s.max_frames + 9) for s in settings])
+    assert generating._DECODERS[talker].slots is slots  # though takes may last longer
     generate(talker, prompts, settings, log_probs=True)
     assert generating._DECODERS[talker].slots is not slots
     assert same(again[1], slow[1])
