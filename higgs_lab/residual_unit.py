@@ -59,17 +59,17 @@ def residual_unit(
     with torch.cuda.device_of(active):  # Triton launches on the current one
         _unit[triton.cdiv(T, steps), B](
             active, trunk, taps, first.bias, unit.snake2.alpha, mix, second.bias, alpha, ends,
-            made, kept if keep else made, T, first.dilation[0], C=C, TAPS=TAPS, STEPS=steps,
-            CHUNK=chunk, KEEP=keep, FAST=active.is_cuda, num_warps=warps, num_stages=stages,
+            made, kept if keep else made, T, first.dilation[0], int(keep), C=C, TAPS=TAPS,
+            STEPS=steps, CHUNK=chunk, FAST=active.is_cuda, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return made, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "dilation", "keep"])  # one compilation a number of channels
 def _unit(
-    active, trunk, taps, bias1, alpha2, mix, bias2, alpha3, ends, made, kept, T, dilation,
+    active, trunk, taps, bias1, alpha2, mix, bias2, alpha3, ends, made, kept, T, dilation, keep,
     C: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
-    KEEP: tl.constexpr, FAST: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """STEPS steps of one clip. active, trunk, made, kept: [B, T, C] in memory; taps [TAPS, C, C]
     and mix [C, C] have the channels that are summed first."""
@@ -80,7 +80,7 @@ def _unit(
     if tl.program_id(0) * STEPS >= end:  # only what fills the batch up
         nothing = tl.zeros([STEPS, C], made.dtype.element_ty)
         tl.store(made + at, nothing, mask=(step < T)[:, None])
-        if KEEP:
+        if keep:
             tl.store(kept + at, nothing, mask=(step < T)[:, None])
         return
     part = tl.arange(0, CHUNK)
@@ -101,7 +101,7 @@ def _unit(
     weight = tl.load(mix + channel[:, None] * C + channel[None, :])
     x = tl.dot(x, weight) + tl.load(bias2 + channel).to(tl.float32)[None, :]
     x += tl.load(trunk + at, mask=(step < T)[:, None], other=0.0).to(tl.float32)
-    if KEEP:
+    if keep:
         tl.store(kept + at, x.to(kept.dtype.element_ty), mask=(step < T)[:, None])
     x = activated(x, tl.load(alpha3 + channel)[None, :], FAST)
     x = tl.where((step < end)[:, None], x, 0.0)
