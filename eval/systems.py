@@ -257,11 +257,10 @@ def _server(url: str, sampling: dict, concurrency: int, dialect: str) -> System:
 def _checkpoint(
     model: str, adapter: str | None, device: str | None, sampling: dict, batch: int
 ) -> System:
-    import torch
-
     from higgs_lab.adapter import find_adapter
     from higgs_lab.checkpoint import resolve_checkpoint
     from higgs_lab.generate import Sampling
+    from higgs_lab.speech import chosen_device, default_precision
 
     known = [f.name for f in fields(Sampling) if f.name != "seed"]
     for name in sampling:
@@ -276,8 +275,8 @@ def _checkpoint(
         higgs = higgs_lab.load(model, adapter=adapter, device=device)
         return functools.partial(_speak_checkpoint, higgs, options)
 
-    on_cpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu"
-    tuned = None
+    runs_on, tuned = chosen_device(device), None
+    stored = f"as stored, codec {default_precision(runs_on)}"
     if adapter is not None:
         tuned = {"name": adapter, "weights": fingerprint(find_adapter(adapter))}
     details = {
@@ -286,7 +285,7 @@ def _checkpoint(
         "revision": checkpoint.revision,
         "weights": fingerprint(checkpoint.path),
         "adapter": tuned,
-        "precision": "fp32" if on_cpu else "as stored, codec fp16",  # higgs_lab.load's choice
+        "precision": "fp32" if runs_on.type == "cpu" else stored,  # higgs_lab.load's choice
         "sampling": {k: v for k, v in asdict(options).items() if k != "seed"},
     }
     return System(model if adapter is None else f"{model} + {adapter}", details, start, batch)

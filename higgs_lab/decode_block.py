@@ -125,10 +125,11 @@ def rotate(
     q = torch.empty(M, heads, d, dtype=keys.dtype, device=keys.device)
     together = min(HEADS, math.gcd(heads, kv_heads) & -math.gcd(heads, kv_heads))
     sizes = dict(SPLITS=splits, H=heads, KV=kv_heads, D=d, HEADS=together)
-    _rotate[M, (heads + 2 * kv_heads) // together](
-        parts, layer.q_norm, layer.k_norm, cos, sin, position, q, keys, values, *keys.stride()[:2],
-        eps, **sizes, **_launch(keys, WARPS),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        _rotate[M, (heads + 2 * kv_heads) // together](
+            parts, layer.q_norm, layer.k_norm, cos, sin, position, q, keys, values,
+            *keys.stride()[:2], eps, **sizes, **_launch(keys, WARPS),
+        )  # fmt: skip
     return q
 
 

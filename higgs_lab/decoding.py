@@ -109,6 +109,7 @@ class Decoder:
         # not to the row, or the next call's longest would have all recorded anew
         rows = -(-max(r.rows for r in waiting) // 256) * 256
         needed = max(r.positions for r in waiting) + steps + 1
+        whole = _at_least(needed, LENGTHS) if graphs else needed  # that it may come to hold
         wanted = min(len(waiting), max_batch or (256 if self.engine.device.type == "cuda" else 32))
         old = self.slots
         if (
@@ -116,13 +117,13 @@ class Decoder:
             and wanted <= old.size <= 4 * wanted
             and rows <= old.max_rows
             and old.log_probs == log_probs
-            and (needed <= old.length or _fitting(self.engine, needed) >= old.size)
+            and (needed <= old.length or _fitting(self.engine, whole) >= old.size)
         ):
             return old
         self.slots = None  # frees the old cache first
-        size = max(1, min(wanted, _fitting(self.engine, needed)))
+        size = max(1, min(wanted, _fitting(self.engine, whole)))
         begin = max(len(r.prompt) for r in waiting) + steps + 1
-        if graphs and _fitting(self.engine, needed) >= 4 * size:
+        if graphs and _fitting(self.engine, whole) >= 2 * size:
             begin = needed  # there is room: to grow would be to record anew
         length = _at_least(begin, LENGTHS) if graphs else begin
         self.slots = Slots(self.engine, size, length, rows, log_probs)

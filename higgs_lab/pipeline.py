@@ -26,12 +26,14 @@ def speak_each(
     max_batch: int | None = None,
     compile: bool | None = None,
     precision: str = "fp32",
-    decode_together: int = 16,
+    decode_together: int | None = None,
 ) -> Iterator[Spoken]:
     """(index, codes, wave) of each prompt, soon after it has ended; see `generate_each`.
 
-    precision: of the codec. decode_together: clips in a batch of the codec; the last are fewer.
+    precision: of the codec. decode_together: clips in a batch of the codec, the last are fewer;
+    none: a quarter of those spoken at once, 8 at least.
     """
+    decode_together = decode_together or max(8, (max_batch or len(prompts)) // 4)
     gpu = codec.device.type == "cuda"
     stream = _side_stream(codec.device) if gpu else None
 

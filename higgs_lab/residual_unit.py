@@ -29,16 +29,16 @@ LEAST = 1 << 24  # elements, 22 s of 32 channels: a kernel takes a second to com
 
 def runs_for(unit: nn.Module, active: Tensor) -> bool:
     """Whether `residual_unit` takes this unit, and is worth it, of active [B, C, T], C last."""
-    conv = unit.conv1
+    conv, (B, C, T) = unit.conv1, active.shape
     return (
         active.is_cuda
-        and active.shape[1] in SIZES
-        and LEAST <= active.numel()
-        and active[0].numel() < 2**31
+        and C in SIZES
+        and B * C * T >= LEAST
+        and C * T < 2**31
         and conv.kernel_size == (TAPS,)
         and unit.conv2.kernel_size == (1,)
         and 2 * conv.padding[0] == conv.dilation[0] * (TAPS - 1)
-        and _runs(active.device, active.dtype, active.shape[1])
+        and _runs(active.device, active.dtype, C)
     )
 
 
@@ -146,14 +146,15 @@ def _runs(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
 def example(channels: int, device: torch.device, dtype: torch.dtype, steps: int = 300) -> tuple:
     """Arguments of `residual_unit`: two clips, the second shorter, whose steps behind its end are
     filled with zeros."""
-    from transformers.models.dac.modeling_dac import DacResidualUnit, Snake1d
+    from transformers.models.dac.modeling_dac import DacResidualUnit
 
-    unit = DacResidualUnit(channels, dilation=3).to(device)
-    random = torch.Generator().manual_seed(channels)
+    with torch.device("meta"):  # drawing weights would move the caller's random numbers on
+        unit = DacResidualUnit(channels, dilation=3)
+    unit, random = unit.to_empty(device=device), torch.Generator().manual_seed(channels)
     for parameter in unit.parameters():
         drawn = torch.randn(parameter.shape, generator=random) / parameter[0].numel() ** 0.5
         parameter.copy_(drawn)
-    alpha = torch.rand(Snake1d(channels).alpha.shape, generator=random).to(device)
+    alpha = torch.rand(unit.snake1.alpha.shape, generator=random).to(device)
     unit.snake2.alpha.copy_(1 + alpha)
     ends = torch.tensor([steps, steps // 3], dtype=torch.int32, device=device)
     active, trunk = torch.randn(2, 2, steps, channels, generator=random).to(device, dtype)

@@ -271,26 +271,29 @@ class Slots:
             blocks = (engine.layers, engine.norm, engine.eps)
             found = decode_blocks(x, *blocks, self.cache, self.rope, position)
             return engine.logits(found, normed=True)
-        cos, sin = self.rope[0][position, None], self.rope[1][position, None]
         lengths, hidden = position + 1, None
         if not exact and not engine.split_kv:
             at = torch.arange(length, device=engine.device)
             hidden = torch.zeros(size, length, dtype=engine.dtype, device=engine.device)
             hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
-        rotates = engine.few_rows > 0  # a trial has shown that it may
-        project = engine.joined if rotates else engine.cached_project
+        if engine.few_rows:  # the trial of the blocks has seen this kernel of theirs
+            from higgs_lab.decode_block import rotate
+
+            project, given = engine.joined, ()
+        else:
+            cos, sin = self.rope[0][position, None], self.rope[1][position, None]
+            project, given = engine.cached_project, (cos, sin, number, position)
         between = engine.feed_forward
         if compile:
             project, between = engine.compiled(project, size), engine.compiled(between, size)
-            engine.any_batch(size, x, cos, sin, number, position)
+            engine.any_batch(size, x, *given)
         for layer, (keys, values) in zip(engine.layers, self.cache, strict=True):
-            if rotates:
-                from higgs_lab.decode_block import rotate
-
-                mine = keys[:size], values[:size]
+            if engine.few_rows:
+                mine = keys[part], values[part]
                 q = rotate(project(x, layer)[None], layer, engine.eps, *self.rope, position, *mine)
             else:
-                q = project(x, layer, cos, sin, keys, values, number, position)
+                cos, sin, *where = given
+                q = project(x, layer, cos, sin, keys, values, *where)
             seen = (keys[part, :, :length], values[part, :, :length])
             attended = engine.attend(q, *seen, lengths, hidden)
             if compile and size == 1:

@@ -84,9 +84,10 @@ def _works(device: torch.device) -> bool:
     try:
         with torch.cuda.device(device):
             y = torch.linspace(-2, 2, 96, device=device).reshape(2, 3, 16)
-            given = y, y[0, :, 0], y[1, :, 0].abs(), torch.tensor([16, 5], device=device).int(), y
-            made, wanted = _launch(*given, True), snake_in_torch(*given, True)
-            torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
+            more = y[0, :, 0], y[1, :, 0].abs(), torch.tensor([16, 5], device=device).int()
+            for x, error in ((y, 1e-5), (y.half(), 2e-3)):  # the latter by the card's own sine
+                made, wanted = _launch(x, *more, x, True), snake_in_torch(x, *more, x, True)
+                torch.testing.assert_close(made, wanted, atol=error, rtol=error)
         return True
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -98,8 +99,8 @@ if triton is not None:
 
     @triton.jit
     def activated(x, alpha, FAST: tl.constexpr):
-        """Snake of x in fp32. FAST: by the card's own sine, whose error, some 2e-6 with its
-        argument's rounding, half precision does not see."""
+        """Snake of x in fp32. FAST: by the card's own sine, some 2e-6 off with its argument's
+        rounding where alpha x is 10, 1e-5 where it is 100: what half precision does not see."""
         alpha = alpha.to(tl.float32)
         scale = 1 / (alpha + 1e-9)
         if FAST:

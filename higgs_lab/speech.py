@@ -171,10 +171,8 @@ class Higgs:
             return
         jobs = list(requests)
         prompts, settings = zip(*requests.values(), strict=True)
-        precision, together = self.decode_precision, max(8, batch_size // 4)
-        for n, *made in pipeline.speak_each(
-            self.talker, self.codec, prompts, settings, batch_size, None, precision, together
-        ):
+        options = dict(max_batch=batch_size, precision=self.decode_precision)
+        for n, *made in pipeline.speak_each(self.talker, self.codec, prompts, settings, **options):
             done[jobs[n]] = tuple(made)
             i = jobs[n][0]
             whole = [(i, j) for j in range(len(chunks[i]))]
@@ -212,6 +210,11 @@ def _spread(value, count: int, name: str, many: tuple[type, ...]) -> list:
     return list(value)
 
 
+def chosen_device(device: str | torch.device | None = None) -> torch.device:
+    """The given one, else CUDA when there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def default_batch_size(device: torch.device) -> int:
     """Texts spoken at once where nothing is said. With more a GPU gains less, and memory goes."""
     return 64 if device.type == "cuda" else 16
@@ -243,7 +246,7 @@ def load(
         raise ValueError(f"decode_precision {decode_precision!r}: choose {', '.join(PRECISIONS)}")
     started = time.monotonic()
     checkpoint = resolve_checkpoint(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(device)
     if isinstance(dtype, str):
         if not isinstance(found := getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is none of torch's: float32 or bfloat16")

@@ -125,11 +125,8 @@ def to_wav(bench: Bench, talker, codec, rows: int, texts: int, compile: bool) ->
     precision = bench.args.precision if bench.device.type == "cuda" else "fp32"
 
     def run(count: int, folder: Path) -> list:
-        together = max(8, rows // 4)
         options = dict(max_batch=rows, compile=compile, precision=precision)
-        spoken = speak_each(
-            talker, codec, made[:count], settings[:count], decode_together=together, **options
-        )
+        spoken = speak_each(talker, codec, made[:count], settings[:count], **options)
         results, files = [], []
         with ThreadPoolExecutor(4) as pool:
             for index, one, wav in spoken:

@@ -255,6 +255,10 @@ def _settings(config: SynthesizeConfig, checkpoint: Checkpoint) -> dict:
     """All that decides the sound of a take, beside its own row."""
     free = ("out", "source", "text", "batch_size", "device", "takes")
     settings = {name: value for name, value in asdict(config).items() if name not in free}
+    from higgs_lab.speech import chosen_device, default_precision
+
+    device = chosen_device(config.device)
+    settings["decode_precision"] = config.decode_precision or default_precision(device)
     settings["revision"] = checkpoint.revision
     settings["model_files"] = fingerprint(checkpoint.path)
     if config.adapter is not None:
@@ -269,6 +273,7 @@ def _refuse_other_run(out: Path, settings: dict) -> None:
     file = out / SETTINGS
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
+        before.setdefault("decode_precision", "fp32")  # all there was before there was a choice
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise FileExistsError(

@@ -315,6 +315,7 @@ class Run:
             return
         saved = random_state()
         self.model.eval()
+        # a few clips, decoded in fp32: kernels of half precision would be compiled for them
         higgs = Higgs(self.model, self.codec, self.vocab, Checkpoint(self.out, self.out.name))
         reference, said = None, None
         if source is not None:

@@ -63,6 +63,7 @@ def both(dtype, device="cpu", count=5) -> list[dict]:
 
 def interpreted() -> None:
     """Runs in a process of its own, for Triton must know at its import that it shall interpret."""
+    from higgs_lab import decode_block
     from higgs_lab.decode_block import gated, linear
 
     found = {"linear": [], "gated": [], "mates": True, "blocks": []}
@@ -82,7 +83,14 @@ def interpreted() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("higgs_lab.decode_block.gated", lambda x, weight: x[:, :1] + gated(x, weight))
         found["trial"].append(_trial(engine))
-    found["spoken"] = [speech(few_rows=rows, **SIZES)[0] for rows in (64, 1)]
+    rotated = []
+    with pytest.MonkeyPatch.context() as patch:
+        rotate = decode_block.rotate
+        patch.setattr(
+            decode_block, "rotate", lambda p, *a: rotated.append(len(p[0])) or rotate(p, *a)
+        )
+        found["spoken"] = [speech(few_rows=rows, **SIZES)[0] for rows in (64, 1)]
+    found["rotated"] = max(rotated)
     print(json.dumps(found))
 
 
@@ -135,7 +143,7 @@ def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, monkeypatch)
 
 def test_speech_is_the_slow_twins(found):
     """With the blocks for all rows, and from two rows on with the rotation alone."""
-    assert found["spoken"] == [[True] * 3] * 2
+    assert found["spoken"] == [[True] * 3] * 2 and found["rotated"] > 1
 
 
 def test_splits_fill_a_gpu_and_no_more():

@@ -303,6 +303,18 @@ def test_slots_are_kept_for_the_next_call(talker, slow):
     assert same(again[1], slow[1])
 
 
+def test_slots_are_as_many_as_their_whole_length_fits(monkeypatch):
+    """Caches of recorded steps have one of few lengths: a part more than what is needed."""
+    monkeypatch.setattr(decoding, "_fitting", lambda engine, positions: 4000 // positions)
+    prompts, settings = ragged(9)
+    settings = [replace(s, max_frames=750) for s in settings]  # some 780 positions: in 1024
+    requests, decoder = requests_of(prompts, settings, 8), Decoder(Engine(tiny_talker()))
+    slots = decoder._slots(requests, 9, 4, False, graphs=True)
+    assert (slots.size, slots.length) == (3, 256)
+    slots = Decoder(decoder.engine)._slots(requests[1:2], 1, 4, False, graphs=True)
+    assert (slots.size, slots.length) == (1, 1024)  # there is room twice: none need grow
+
+
 def test_an_adapter_that_is_not_merged_goes_through_the_modules():
     talker, prompts = tiny_talker(scale=6), three_prompts()
     model = attach_lora(talker, rank=4)

@@ -12,7 +12,7 @@ from higgs_lab.audio import write_wav
 from higgs_lab.checkpoint import load_talker
 from higgs_lab.generate import Sampling, generate
 from higgs_lab.prompt import render_prompt
-from higgs_lab.speech import default_precision
+from higgs_lab.speech import default_batch_size, default_precision
 from higgs_lab.text import join_waves, max_frames_for, split_text
 from tests.tiny import random_codes, voice_like
 
@@ -47,6 +47,7 @@ def test_the_codec_decodes_in_the_precision_that_is_asked_for(nano, monkeypatch)
     assert 0 < np.linalg.norm(wav - exact) < 0.05 * np.linalg.norm(exact)
     devices = torch.device("cpu"), torch.device("cuda")
     assert [default_precision(device) for device in devices] == ["fp32", "fp16"]
+    assert [default_batch_size(device) for device in devices] == [16, 64]
     with pytest.raises(ValueError, match="decode_precision 'int8': choose fp32, tf32"):
         higgs_lab.load(nano, decode_precision="int8")
 

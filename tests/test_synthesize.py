@@ -252,6 +252,24 @@ def test_a_take_without_sound_is_counted_not_written(nano, tmp_path, monkeypatch
     assert [r["audio"] for r in sorted(logged, key=lambda r: r["id"])][0] is None
 
 
+def test_the_codecs_precision_is_the_folders(nano, tmp_path, monkeypatch):
+    load, made = higgs_lab.load, []
+    monkeypatch.setattr(higgs_lab, "load", lambda *a: made.append(load(*a)) or made[-1])
+    source, out = _lines(tmp_path, "One.", "Two."), tmp_path / "out"
+    main(_config(nano, out, source=source, decode_precision="bf16"))
+    assert made[0].decode_precision == "bf16"
+    with pytest.raises(FileExistsError, match=r"other settings \(decode_precision\)"):
+        main(_config(nano, out, source=source))
+    # what was made before there was a choice is of fp32
+    settings = out / "settings.json"
+    before = json.loads(settings.read_text())
+    assert before.pop("decode_precision") == "bf16"
+    settings.write_text(json.dumps(before))
+    main(_config(nano, out, source=source, decode_precision="fp32"))
+    with pytest.raises(FileExistsError, match="decode_precision"):
+        main(_config(nano, out, source=source, decode_precision="bf16"))
+
+
 def test_killed_and_started_again_gives_the_same_result(nano, tmp_path):
     texts = [f"This is text number {n}." for n in range(10, 50)]
     options = {"model": str(nano), "source": _lines(tmp_path, *texts), "batch_size": 4}

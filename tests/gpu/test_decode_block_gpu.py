@@ -82,3 +82,22 @@ def test_log_probs_are_those_of_the_engines_blocks(count, monkeypatch):
     talker.load_state_dict({k: v.clone() for k, v in talker.state_dict().items()}, assign=True)
     plain = generate(talker, prompts, setting, log_probs=True)
     assert_near(made, plain, atol=0.03)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_more_rows_than_the_blocks_take_are_rotated_by_their_kernel(compile, monkeypatch):
+    """As 65 rows and more are where 64 are the blocks': here from two on."""
+    from higgs_lab import decode_block
+
+    rotate, rows = decode_block.rotate, []
+    spied = lambda parts, *given: rows.append(parts.shape[1]) or rotate(parts, *given)  # noqa: E731
+    monkeypatch.setattr(decode_block, "rotate", spied)
+    prompts, _ = ragged(5)
+    setting, made = Sampling(temperature=0.0, max_frames=20), []
+    for few_rows in (1, 0):
+        monkeypatch.setattr("higgs_lab.engine._few_rows", lambda engine: few_rows)  # noqa: B023
+        talker = tiny_talker(scale=6, **SIZES).cuda().half()
+        made.append(generate(talker, prompts, setting, log_probs=True, compile=compile))
+        assert (max(rows) > 1) == bool(few_rows)
+        rows[:] = [0]
+    assert_near(*made, atol=0.03)
