@@ -8,7 +8,7 @@ waiting prompts let in, while the device is still busy with these steps.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +25,8 @@ LENGTHS = (256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)  # and c
 STEPS = 4  # queued at a time on a GPU; up to half the rows that an end shows ahead none is lost
 # of all slots: what a pass over prompts costs at least beside their own products
 ADMIT_STEPS = 0.25
+# rows of idle slots, some 17 us each, that cost what a recording does, 0.1 s (4B shape, H100)
+RECORD_ROWS = 6000
 PREFILL_POSITIONS = 8192  # of one packed pass over new prompts
 MEMORY_SHARE = 0.8  # of the free memory, for the cache
 
@@ -52,6 +54,7 @@ class Decoder:
 
     def __init__(self, engine: Engine):
         self.engine, self.slots = engine, None
+        self.wasted: Counter[tuple] = Counter()  # rows of idle slots, for want of a recording
 
     def run(
         self,
@@ -87,7 +90,7 @@ class Decoder:
                 if waiting and (not graphs or not busy or idle >= ADMIT_STEPS * limit):
                     self._admit(waiting, busy, limit, most, graphs, compile and several)
                     idle = 0
-                size = self._compact(busy, graphs, least)
+                size = self._compact(busy, self._size(busy, graphs, least, flags))
                 steps = min(most, max(one.left for one in busy.values()))
                 self._step(steps, size, busy, graphs, flags)
                 before, look = look, self._look(busy, size)
@@ -151,18 +154,33 @@ class Decoder:
             more = max(length, slots.length * 3 // 2)
             slots.grow(_at_least(length, LENGTHS) if graphs else more)
 
-    def _compact(self, busy, graphs: bool, least: int) -> int:
-        """The number of slots to step, the busy ones moved to the front where that saves a size."""
-        top = max(busy) + 1
-        size = max(least, _at_least(len(busy), SIZES) if graphs else len(busy))
-        if _at_least(top, SIZES) <= size if graphs else top <= size:
+    def _size(self, busy: dict[int, Running], graphs: bool, least: int, flags: tuple) -> int:
+        """The number of slots to step.
+
+        Where a size is one recording, a larger one that is there already, until the idle slots of
+        such steps have cost as much as to record the size that fits.
+        """
+        size = max(least, len(busy))
+        if not graphs:
             return min(size, self.slots.size)
-        holes = [s for s in range(len(busy)) if s not in busy]
-        movers = sorted(s for s in busy if s >= len(busy))
-        self.slots.move(movers, holes)
-        for source, target in zip(movers, holes, strict=True):
-            busy[target] = busy.pop(source)
-        return min(size, self.slots.size)
+        size = min(_at_least(size, SIZES), self.slots.size)
+        recorded = {n for n, _, *others in self.slots.graphs if tuple(others) == flags}
+        if self.engine.split_kv and size not in recorded:
+            larger = min((n for n in recorded if n > size), default=None)
+            if larger and self.wasted[size, flags] < RECORD_ROWS:
+                self.wasted[size, flags] += STEPS * (larger - size)
+                return larger
+        return size
+
+    def _compact(self, busy: dict[int, Running], size: int) -> int:
+        """Have the busy slots be among the first `size`, which is returned."""
+        if max(busy) >= size:
+            holes = [s for s in range(len(busy)) if s not in busy]
+            movers = sorted(s for s in busy if s >= len(busy))
+            self.slots.move(movers, holes)
+            for source, target in zip(movers, holes, strict=True):
+                busy[target] = busy.pop(source)
+        return size
 
     def _step(
         self, steps: int, size: int, busy: dict[int, Running], graphs: bool, flags: tuple

@@ -12,7 +12,7 @@ import torch
 from higgs_lab import decoding, slots
 from higgs_lab import generate as generating
 from higgs_lab.adapter import attach_lora
-from higgs_lab.decoding import Decoder
+from higgs_lab.decoding import Decoder, Running
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_each, generate_naive
 from higgs_lab.prompt import render_prompt
@@ -313,6 +313,34 @@ def test_slots_are_as_many_as_their_whole_length_fits(monkeypatch):
     assert (slots.size, slots.length) == (3, 256)
     slots = Decoder(decoder.engine)._slots(requests[1:2], 1, 4, False, graphs=True)
     assert (slots.size, slots.length) == (1, 1024)  # there is room twice: none need grow
+
+
+def test_a_size_is_recorded_once_idle_slots_have_cost_as_much(talker):
+    """On a GPU a call's end passes through many sizes, each for some steps."""
+    decoder = Decoder(Engine(talker))
+    requests = requests_of(*ragged(9), 8)
+    decoder.slots = slots.Slots(decoder.engine, 64, 256, 300, False)
+    flags, others = (("vllm",), True, False), (("vllm",), False, False)
+    decoder.slots.graphs = {(64, 256, *flags): None, (16, 256, *others): None}
+    busy = {0: Running(requests[0], 200), 40: Running(requests[1], 200)}
+
+    def size(graphs=True) -> int:
+        return decoder._size(busy, graphs, 1, flags)
+
+    assert size(graphs=False) == 2
+    assert size() == 2  # SDPA: one recording a length too, so that a larger one need not be there
+    decoder.engine.split_kv = True
+    taken = [size() for _ in range(40)]
+    most = decoding.RECORD_ROWS // (decoding.STEPS * 62)
+    assert taken == [64] * (most + 1) + [2] * (40 - most - 1)
+    assert decoder._compact(busy, 64) == 64 and sorted(busy) == [0, 40]
+    assert decoder._compact(busy, 2) == 2 and sorted(busy) == [0, 1]
+    decoder.slots.graphs[2, 256, *flags] = None
+    assert size() == 2
+    busy |= {n: Running(requests[2], 9) for n in range(2, 20)}
+    assert size() == 64  # 24 would fit
+    decoder.slots.graphs.clear()
+    assert size() == 24  # nothing is there
 
 
 def test_an_adapter_that_is_not_merged_goes_through_the_modules():
