@@ -228,14 +228,19 @@ KINDS = ("triton", "varlen", "flex", "sdpa", "split")
 
 
 def attention_kind(
-    wanted: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    gradients: bool = True,
 ) -> str:
     """The kind for "auto", or the one wanted; ValueError where that cannot run.
 
-    heads: how many of queries, of keys and values, and how large they are.
+    heads: how many of queries, of keys and values, and how large they are. gradients: whether they
+    will be asked for; who speaks need not wait for their kernels' compilation.
     """
     varlen = varlen_available(device, dtype)
-    if wanted == "triton" and not triton_runs(device, dtype, heads):
+    if wanted == "triton" and not triton_runs(device, dtype, heads, gradients):
         raise ValueError(
             "attention=triton needs a card of compute capability 8.0 or more, bf16 or fp16, "
             "Triton, heads of width 16, 32, 64 or 128, and 1, 2, 4 or 8 query heads for each "
@@ -249,7 +254,7 @@ def attention_kind(
         return wanted
     # measured on an H100; on other cards torch's own has the longer record
     if varlen and torch.cuda.get_device_capability(device) == (9, 0):
-        if triton_runs(device, dtype, heads):
+        if triton_runs(device, dtype, heads, gradients):
             return "triton"
     # with a mask and grouped heads SDPA writes out every score of the pack: 9 GB at 8192 in fp32
     return "varlen" if varlen else "split"
@@ -304,7 +309,9 @@ def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @cache
-def triton_runs(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]) -> bool:
+def triton_runs(
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], gradients: bool = True
+) -> bool:
     """Whether `packed_attention` runs here and is right, shown by a trial against SDPA in fp32."""
 
     def results() -> Iterable[tuple[Tensor, Tensor]]:
@@ -323,7 +330,9 @@ def triton_runs(device: torch.device, dtype: torch.dtype, heads: tuple[int, int,
                 out = _split_attention(*inputs, bounds)
             else:
                 out = PackedAttention.apply(*inputs, *spans)
-            found.append((out, *torch.autograd.grad(out, inputs, d_out.to(out.dtype))))
+            found.append([out])
+            if gradients:
+                found[-1] += torch.autograd.grad(out, inputs, d_out.to(out.dtype))
         return zip(*found, strict=True)
 
     def fits() -> bool:

@@ -71,7 +71,7 @@ class Slots:
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         heads = (engine.heads, engine.kv_heads, engine.head_dim)
-        self.attention = attention_kind("auto", device, engine.dtype, heads)
+        self.attention = attention_kind("auto", device, engine.dtype, heads, gradients=False)
         # a pass of any kind else waits for its ends
         self.records_passes = self.attention in ("triton", "varlen")
         self.passes: dict[tuple, torch.cuda.CUDAGraph | None] = {}

@@ -263,6 +263,20 @@ def test_what_cannot_be_fused_is_named():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_who_only_speaks_waits_for_no_kernel_of_gradients(monkeypatch):
+    from higgs_lab import attention, slots
+    from higgs_lab.engine import Engine
+
+    asked = []
+    monkeypatch.setattr(attention, "triton_runs", lambda *given: asked.append(given[3:]) or True)
+    monkeypatch.setattr(attention, "varlen_available", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    cuda, heads = torch.device("cuda"), (4, 2, 16)
+    assert attention_kind("auto", cuda, torch.bfloat16, heads) == "triton"
+    slots.Slots(Engine(tiny_talker()), 1, 8, 8, False)
+    assert asked == [(True,), (False,)]
+
+
 def test_attention_kinds_agree_and_are_chosen_by_what_runs():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(60, heads, 16, generator=generator) for heads in (4, 2, 2))
