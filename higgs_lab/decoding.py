@@ -8,7 +8,7 @@ waiting prompts let in, while the device is still busy with these steps.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +54,6 @@ class Decoder:
 
     def __init__(self, engine: Engine):
         self.engine, self.slots = engine, None
-        self.wasted: Counter[tuple] = Counter()  # rows of idle slots, for want of a recording
 
     def run(
         self,
@@ -80,6 +79,7 @@ class Decoder:
         several = len(requests) > 1 and limit > 1
         least = 2 if compile and several else 1
         busy: dict[int, Running] = {}
+        wasted: dict[int, int] = {}
         idle = 0  # steps of slots that waited for a prompt, since the last pass over prompts
         look: Callable[[], None] | None = None
         done: Iterator[tuple[int, Generation]] = iter(())
@@ -90,7 +90,7 @@ class Decoder:
                 if waiting and (not graphs or not busy or idle >= ADMIT_STEPS * limit):
                     self._admit(waiting, busy, limit, most, graphs, compile and several)
                     idle = 0
-                size = self._compact(busy, self._size(busy, graphs, least, flags))
+                size = self._compact(busy, self._size(busy, graphs, least, wasted))
                 steps = min(most, max(one.left for one in busy.values()))
                 self._step(steps, size, busy, graphs, flags)
                 before, look = look, self._look(busy, size)
@@ -123,7 +123,7 @@ class Decoder:
             and (needed <= old.length or _fitting(self.engine, whole) >= old.size)
         ):
             return old
-        self.slots = None  # frees the old cache first
+        self.slots = old = None  # frees the old cache first
         size = max(1, min(wanted, _fitting(self.engine, whole)))
         begin = max(len(r.prompt) for r in waiting) + steps + 1
         if graphs and _fitting(self.engine, whole) >= 2 * size:
@@ -154,23 +154,28 @@ class Decoder:
             more = max(length, slots.length * 3 // 2)
             slots.grow(_at_least(length, LENGTHS) if graphs else more)
 
-    def _size(self, busy: dict[int, Running], graphs: bool, least: int, flags: tuple) -> int:
+    def _size(self, busy: dict[int, Running], graphs: bool, least: int, wasted: dict) -> int:
         """The number of slots to step.
 
-        Where a size is one recording, a larger one that is there already, until the idle slots of
-        such steps have cost as much as to record the size that fits.
+        Where a size is one recording, a larger one that this call has stepped before, until the
+        idle slots of such steps have cost as much as to record the size that fits. Earlier calls
+        do not count, be it recorded or not: a size rounds as it does, and who starts a job again
+        in another process wants the same takes.
+
+        wasted: of each size, the rows of idle slots that this call has stepped for want of it.
         """
         size = max(least, len(busy))
-        if not graphs:
-            return min(size, self.slots.size)
-        size = min(_at_least(size, SIZES), self.slots.size)
-        recorded = {n for n, _, *others in self.slots.graphs if tuple(others) == flags}
-        if self.engine.split_kv and size not in recorded:
-            larger = min((n for n in recorded if n > size), default=None)
-            if larger and self.wasted[size, flags] < RECORD_ROWS:
-                self.wasted[size, flags] += STEPS * (larger - size)
-                return larger
-        return size
+        if graphs:
+            size = _at_least(size, SIZES)
+        size = min(size, self.slots.size)
+        if not (graphs and self.engine.split_kv):
+            return size
+        larger = [n for n, rows in wasted.items() if n > size and rows >= RECORD_ROWS]
+        if not larger or wasted.get(size, 0) >= RECORD_ROWS:
+            wasted[size] = RECORD_ROWS
+            return size
+        wasted[size] = wasted.get(size, 0) + STEPS * (min(larger) - size)
+        return min(larger)
 
     def _compact(self, busy: dict[int, Running], size: int) -> int:
         """Have the busy slots be among the first `size`, which is returned."""

@@ -33,7 +33,7 @@ def speak_each(
     precision: of the codec. decode_together: clips in a batch of the codec, the last are fewer;
     none: a quarter of those spoken at once, 8 at least.
     """
-    decode_together = decode_together or max(8, (max_batch or len(prompts)) // 4)
+    decode_together = decode_together or max(8, min(max_batch or 256, len(prompts)) // 4)
     gpu = codec.device.type == "cuda"
     stream = _side_stream(codec.device) if gpu else None
 

@@ -98,6 +98,7 @@ def main(config: SynthesizeConfig) -> Path:
     checkpoint, out = resolve_checkpoint(config.model), Path(config.out)
     check_rows(rows, Vocab.from_pretrained(checkpoint.path))
     takes = plan_takes(rows, config)
+    config = replace(config, decode_precision=_decode_precision(config, out))
     settings = _settings(config, checkpoint)
     _refuse_other_run(out, settings)
     remove_leftovers(out / "wavs")
@@ -251,14 +252,24 @@ def _read_lines(path: Path) -> list[Utterance]:
     return rows
 
 
+def _decode_precision(config: SynthesizeConfig, out: Path) -> str:
+    """What is asked for, else what the folder was begun with, else what suits the device."""
+    from higgs_lab.speech import chosen_device, default_precision
+
+    if config.decode_precision is None and (out / SETTINGS).is_file():
+        return _settings_before(out)["decode_precision"]
+    return config.decode_precision or default_precision(chosen_device(config.device))
+
+
+def _settings_before(out: Path) -> dict:
+    before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    return {"decode_precision": "fp32"} | before  # all there was before there was a choice
+
+
 def _settings(config: SynthesizeConfig, checkpoint: Checkpoint) -> dict:
     """All that decides the sound of a take, beside its own row."""
     free = ("out", "source", "text", "batch_size", "device", "takes")
     settings = {name: value for name, value in asdict(config).items() if name not in free}
-    from higgs_lab.speech import chosen_device, default_precision
-
-    device = chosen_device(config.device)
-    settings["decode_precision"] = config.decode_precision or default_precision(device)
     settings["revision"] = checkpoint.revision
     settings["model_files"] = fingerprint(checkpoint.path)
     if config.adapter is not None:
@@ -270,10 +281,8 @@ def _settings(config: SynthesizeConfig, checkpoint: Checkpoint) -> dict:
 
 def _refuse_other_run(out: Path, settings: dict) -> None:
     """Takes of other settings or of another model must not end up in one folder."""
-    file = out / SETTINGS
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        before.setdefault("decode_precision", "fp32")  # all there was before there was a choice
+    if (out / SETTINGS).is_file():
+        before = _settings_before(out)
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise FileExistsError(

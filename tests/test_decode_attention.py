@@ -69,7 +69,7 @@ def spoken() -> None:
     print(json.dumps(speech()))
 
 
-def speech(few_rows: int = 0, **sizes) -> tuple[list, list]:
+def speech(few_rows: int = 0, record_rows: int = 0, **sizes) -> tuple[list, list]:
     """Speech as on a GPU: idle slots, moves, growth. Which takes are the slow twin's, and of each
     recording how many slots, up to which position, and how many positions there are."""
     from higgs_lab import decode_attention, decoding
@@ -81,6 +81,7 @@ def speech(few_rows: int = 0, **sizes) -> tuple[list, list]:
     from tests.tiny import tiny_talker
 
     decoding.LENGTHS, decoding.SIZES, decoding.STEPS = (32, 48, 96), (1, 2, 4), 4
+    decoding.RECORD_ROWS = record_rows
     decoding._fitting = lambda *_: 2  # no room to spare: the cache grows
     decode_attention.MAX_SPLITS = 2  # the interpreter is slow
     keys = set()

@@ -258,14 +258,21 @@ def test_the_codecs_precision_is_the_folders(nano, tmp_path, monkeypatch):
     source, out = _lines(tmp_path, "One.", "Two."), tmp_path / "out"
     main(_config(nano, out, source=source, decode_precision="bf16"))
     assert made[0].decode_precision == "bf16"
+    wavs = sorted((out / "wavs").iterdir())
+    wavs[0].unlink()
+    main(_config(nano, out, source=source))  # goes on as it began
+    assert made[1].decode_precision == "bf16" and wavs[0].is_file()
     with pytest.raises(FileExistsError, match=r"other settings \(decode_precision\)"):
-        main(_config(nano, out, source=source))
+        main(_config(nano, out, source=source, decode_precision="fp32"))
     # what was made before there was a choice is of fp32
     settings = out / "settings.json"
     before = json.loads(settings.read_text())
     assert before.pop("decode_precision") == "bf16"
     settings.write_text(json.dumps(before))
+    main(_config(nano, out, source=source))
+    wavs[0].unlink()
     main(_config(nano, out, source=source, decode_precision="fp32"))
+    assert made[2].decode_precision == "fp32"
     with pytest.raises(FileExistsError, match="decode_precision"):
         main(_config(nano, out, source=source, decode_precision="bf16"))
 
