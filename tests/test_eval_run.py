@@ -268,7 +268,7 @@ def test_floor_stands_beside_the_error_and_must_be_measured_alike(
     # The same sound, so nothing differs; but six texts prove only so much.
     assert floor["excess"]["value"] == 0 and floor["excess"]["high"] == -floor["excess"]["low"] > 0
     assert "recogniser-limited" in capsys.readouterr().out
-    assert "codec" not in (tmp_path / "a" / "report.html").read_text()
+    assert "over codec" not in (tmp_path / "a" / "report.html").read_text()
     with pytest.raises(SystemExit, match="--floor .*: set.revision is"):
         more = ["--limit", "2", "--floor", str(finished[0])]
         go(judges, test_set, tmp_path / "b", *more, model=wavs)
