@@ -46,7 +46,8 @@ def speak_each(
 
     under_way: deque[Future] = deque()
     ready: list[tuple[int, Generation]] = []
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         for item in generate_each(talker, prompts, sampling, False, max_batch, compile):
             ready.append(item)
             if len(ready) >= decode_together:
@@ -58,6 +59,8 @@ def speak_each(
             under_way.append(pool.submit(decode, ready))
         while under_way:
             yield from under_way.popleft().result()
+    finally:  # who stops need not wait for what is queued
+        pool.shutdown(cancel_futures=True)
 
 
 @functools.cache

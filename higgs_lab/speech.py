@@ -247,6 +247,9 @@ def load(
     started = time.monotonic()
     checkpoint = resolve_checkpoint(model)
     device = chosen_device(device)
+    if decode_precision in ("tf32", "fp16") and device.type == "cpu":
+        wanted = f"decode_precision={decode_precision}"
+        raise ValueError(f"{wanted} is for a GPU: choose fp32 or bf16 on a CPU")
     if isinstance(dtype, str):
         if not isinstance(found := getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is none of torch's: float32 or bfloat16")

@@ -6,11 +6,13 @@
 `source` is a text file (one text per line), a manifest, or other data that higgs_lab/corpora.py
 reads. OUT gets wavs/, manifest.jsonl (with stop reason, seed and length of each take in `info`),
 config.yaml and provenance.json. Long texts are split at sentence bounds and joined. Killed and
-started again it goes on where it stopped, with the same result; other settings are refused there.
+started again it goes on with the same result; what is lost are the up to eight times `batch_size`
+takes that it was at. Other settings are refused there.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,17 +68,17 @@ class SynthesizeConfig:
     batch_size: int | None = None  # texts spoken at once; null: 64 on a GPU, 16 on the CPU
     device: str | None = None  # null: the GPU if there is one
     dtype: str | None = None  # bfloat16 or float32; null: as stored on a GPU, float32 on the CPU
-    decode_precision: str | None = None  # of the codec: fp32, tf32, fp16, bf16; null: fp16 on a GPU
+    # of the codec: fp32, bf16, on a GPU tf32 and fp16 too; null: fp16 on a GPU, fp32 on the CPU
+    decode_precision: str | None = None
 
     def __post_init__(self):
         if (self.source is None) == (self.text is None):
             raise ValueError('give either source=FILE or text="..."')
         if self.ref_text is not None and self.ref_audio is None:
             raise ValueError("ref_text is the transcript of ref_audio: give ref_audio too")
-        if self.takes < 1 or (self.batch_size is not None and self.batch_size < 1):
-            raise ValueError(
-                f"takes={self.takes} and batch_size={self.batch_size} must be at least 1"
-            )
+        for name in ("takes", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -285,9 +287,15 @@ def _refuse_other_run(out: Path, settings: dict) -> None:
         before = _settings_before(out)
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
+            found = [
+                name
+                if name.endswith("_files")  # checksums
+                else f"{name}: {before.get(name)} there, {settings[name]} here"
+                for name in changed
+            ]
             raise FileExistsError(
-                f"{out} holds speech made with other settings ({', '.join(changed)}): choose "
-                "another out=..., or remove it"
+                f"{out} holds speech made with other settings ({'; '.join(found)}): give those, "
+                "choose another out=..., or remove the folder"
             )
     elif out.is_dir() and any(out.iterdir()):
         raise FileExistsError(
@@ -338,4 +346,7 @@ def _write_results(takes: list[Take], records: list[dict], out: Path) -> Path:
 
 if __name__ == "__main__":
     with one_line_errors("synthesize"):
-        main(cli(SynthesizeConfig, __doc__))
+        try:
+            main(cli(SynthesizeConfig, __doc__))
+        except KeyboardInterrupt:
+            sys.exit("synthesize: stopped; the same command goes on")
