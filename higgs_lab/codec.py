@@ -15,10 +15,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +26,12 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
 from higgs_lab.codec_fast import embed_clips, run_dac, semantic_frames, takes_lengths
+from higgs_lab.precision import arithmetic, exact_float32
 from higgs_lab.vocab import CODEC_CONFIG
 
 # In the v3 bundle, but not in the model: HuBERT's pre-training mask (facts §1.5).
 MAY_BE_EXTRA = {"semantic_model.masked_spec_embed"}
+ENCODE_BYTES_A_SECOND = 32e6  # of audio in TF32, in half precision half as many (bench_codec)
 MIN_SAMPLES_SEC = 1.0  # shorter clips are zero-padded to it before encoding, as SGLang-Omni does
 
 
@@ -115,7 +115,7 @@ class Codec:
     def encode_batch(
         self,
         wavs: Sequence[np.ndarray | Tensor],
-        max_batch_sec: float = 120,
+        max_batch_sec: float | None = None,
         precision: str = "fp32",
         ragged: bool = False,
     ) -> list[Tensor]:
@@ -125,6 +125,8 @@ class Codec:
         are those of the model's own code up to rounding there, which moves few.
         precision: one of PRECISIONS; all but fp32 give some other codes (recipes/bench_codec.py).
         ragged: clips of any length share one, which is the same up to rounding: few codes change.
+        max_batch_sec: of a pass, padding included; none: 120, for ragged clips on a GPU up to 400,
+        as its memory allows.
         """
         clips = [self._check(wav) for wav in wavs]
         by_length: dict[int, list[int]] = defaultdict(list)
@@ -134,15 +136,18 @@ class Codec:
         second = self._planned(self.sample_rate_hz)
         if precision == "fp32" and not ragged and not takes_lengths(self.model):
             second = 0
-        for part in batches(by_length, int(max_batch_sec * self.sample_rate_hz), ragged, second):
+        fill = bool(second) and ragged
+        max_batch_sec = max_batch_sec or (self._room_sec() if fill else 120)
+        most = int(max_batch_sec * self.sample_rate_hz)
+        for part in batches(by_length, most, ragged, second, fill):
             lengths = [max(len(clips[i]), self._shortest) for i in part]
             longest = rounded(max(lengths), second)
-            batch = self._batch([clips[i] for i in part], longest)
+            lengths += [longest] * (rounded(len(part), 1) - len(part) if fill else 0)  # of silence
+            batch = self._batch([clips[i] for i in part], len(lengths), longest)
             made = self._encode(batch, lengths, precision).cpu()
-            for i, row, frames in zip(
-                part, made, semantic_frames(self.model, lengths), strict=True
-            ):
-                codes[i] = row[:frames].clone()
+            frames = semantic_frames(self.model, lengths)
+            for i, row, count in zip(part, made, frames, strict=False):
+                codes[i] = row[:count].clone()
         return codes  # type: ignore[return-value]
 
     @torch.inference_mode()
@@ -161,6 +166,11 @@ class Codec:
             hidden = self.model.fc(hidden).transpose(1, 2)
             codes = self.model.quantizer.encode(hidden, self.model.config.target_bandwidths[-1])
         return codes.permute(1, 2, 0).contiguous()  # [K, B, T]
+
+    def _room_sec(self) -> float:
+        """Seconds of audio that half the GPU's memory holds while they are encoded, 400 at most."""
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return min(400.0, max(30.0, memory / 2 / ENCODE_BYTES_A_SECOND))
 
     def _planned(self, second: int) -> int:
         """`second` of `rounded` and `batches` where shapes shall be few, else 0."""
@@ -246,67 +256,13 @@ class Codec:
             raise ValueError("wav is empty or holds NaN or infinite samples")
         return wav
 
-    def _batch(self, clips: list[np.ndarray], length: int) -> Tensor:
-        """[B, length] on the device, silence behind what is shorter."""
+    def _batch(self, clips: list[np.ndarray], rows: int, length: int) -> Tensor:
+        """[rows, length] on the device, silence behind what is shorter and where no clip is."""
         on_gpu = self.device.type == "cuda"
-        batch = torch.empty(len(clips), length, pin_memory=on_gpu)
-        for row, clip in zip(batch.numpy(), clips, strict=True):
-            row[: len(clip)], row[len(clip) :] = clip, 0
+        batch = torch.zeros(rows, length, pin_memory=on_gpu)
+        for row, clip in zip(batch.numpy(), clips, strict=False):
+            row[: len(clip)] = clip
         return batch.to(self.device, non_blocking=on_gpu).to(self.dtype)
-
-
-@contextmanager
-def exact_float32():
-    """No TF32 and no autotuned convolutions: codes must not depend on the card or the batch."""
-    with _switches(matmul_tf32=False, convolution_tf32=False):
-        yield
-
-
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@contextmanager
-def arithmetic(precision: str, device: torch.device, convolutions_alone: bool = False):
-    """fp32: the reference, exact. tf32: its products in TF32 (CUDA). fp16, bf16: autocast.
-
-    fp16 rounds products as TF32 does; what leaves its range is computed again in TF32.
-    convolutions_alone: have TF32 in no other product. Other threads see matmul's switch: their
-    compiled code is compiled anew when it changes, and a talker in fp32 would speak in TF32. So the
-    halves and a decoder, which have no use for it, leave it alone.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
-    half = HALVES.get(precision)
-    untouched = half or (precision == "tf32" and convolutions_alone)
-    with (
-        _switches(None if untouched else precision == "tf32", precision != "fp32"),
-        torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None),
-    ):
-        yield
-
-
-_one_setting = threading.RLock()
-
-
-@contextmanager
-def _switches(matmul_tf32: bool | None, convolution_tf32: bool):
-    """TF32 on or off, for the whole process; None leaves matmul's as it is. No autotuning.
-
-    One thread at a time: another would change what this one computes with, and put it back wrong.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    with _one_setting:
-        saved = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-        if matmul_tf32 is not None:
-            matmul.allow_tf32 = matmul_tf32
-        cudnn.allow_tf32, cudnn.benchmark = convolution_tf32, False
-        try:
-            yield
-        finally:
-            if matmul_tf32 is not None:
-                matmul.allow_tf32 = saved[0]
-            cudnn.allow_tf32, cudnn.benchmark = saved[1:]
 
 
 def rounded(length: int, second: int) -> int:
@@ -321,11 +277,16 @@ def rounded(length: int, second: int) -> int:
 
 
 def batches(
-    by_length: dict[int, list[int]], max_length: int, ragged: bool, second: int = 0
+    by_length: dict[int, list[int]],
+    max_length: int,
+    ragged: bool,
+    second: int = 0,
+    fill: bool = False,
 ) -> Iterator[list[int]]:
     """Indices that go together, of one length or, ragged, of neighbouring ones.
 
-    As many as max_length holds, padding included; where lengths are `rounded` 1, 2, 4, 8 and so on.
+    As many as max_length holds, padding included; where lengths are `rounded` 1, 2, 4, 8 and so on,
+    but not if the number, too, will be filled up (by an eighth at most, which may be above it).
     """
     groups = [by_length[length] for length in sorted(by_length, reverse=True)]
     if ragged:
@@ -334,7 +295,7 @@ def batches(
     for group in groups:
         while group:  # the first is the longest
             size = max(1, min(len(group), max_length // rounded(length[group[0]], second)))
-            if second:
+            if second and not fill:
                 size = 1 << size.bit_length() - 1
             yield group[:size]
             group = group[size:]

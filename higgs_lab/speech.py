@@ -13,8 +13,9 @@ from torch import Tensor
 
 from higgs_lab import pipeline
 from higgs_lab.checkpoint import Checkpoint, load_talker, resolve_checkpoint
-from higgs_lab.codec import PRECISIONS, Codec
+from higgs_lab.codec import Codec
 from higgs_lab.generate import Generation, Sampling
+from higgs_lab.precision import check_precision
 from higgs_lab.prompt import Prompt, render_prompt
 from higgs_lab.talker import Talker
 from higgs_lab.text import join_waves, max_frames_for, split_text
@@ -242,14 +243,11 @@ def load(
     Raises FileNotFoundError or ValueError for what is no checkpoint, an adapter of another base, or
     an unknown dtype or precision.
     """
-    if decode_precision not in (None, *PRECISIONS):
-        raise ValueError(f"decode_precision {decode_precision!r}: choose {', '.join(PRECISIONS)}")
     started = time.monotonic()
-    checkpoint = resolve_checkpoint(model)
     device = chosen_device(device)
-    if decode_precision in ("tf32", "fp16") and device.type == "cpu":
-        wanted = f"decode_precision={decode_precision}"
-        raise ValueError(f"{wanted} is for a GPU: choose fp32 or bf16 on a CPU")
+    if decode_precision is not None:
+        check_precision(decode_precision, device, "decode_precision")
+    checkpoint = resolve_checkpoint(model)
     if isinstance(dtype, str):
         if not isinstance(found := getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is none of torch's: float32 or bfloat16")

@@ -16,7 +16,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from higgs_lab.codec import MIN_SAMPLES_SEC, PRECISIONS, Codec, exact_float32
+from higgs_lab.codec import MIN_SAMPLES_SEC, Codec
+from higgs_lab.precision import PRECISIONS, exact_float32
 from recipes.bench import Bench, arguments, timed
 from recipes.bench_generate import make_codec
 

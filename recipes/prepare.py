@@ -33,6 +33,8 @@ from higgs_lab.text import max_frames_for
 from recipes.prepare_parts import Clip, encode_parts, identity, load_part, plan_parts, wait_for
 
 if TYPE_CHECKING:
+    import torch
+
     from higgs_lab.codec import Codec
 
 # Both serving engines take references of 1 to 30 s (vllm-omni serving_speech.py).
@@ -76,18 +78,19 @@ def main(config: PrepareConfig, codec: "Codec | None" = None) -> Path:
 
     codec: instead of the checkpoint's own.
     """
-    from higgs_lab.codec import PRECISIONS, Codec
+    from higgs_lab.codec import Codec
+    from higgs_lab.precision import check_precision
     from higgs_lab.vocab import Vocab
 
-    if config.precision not in PRECISIONS:
-        raise ValueError(f"precision={config.precision}: choose {', '.join(PRECISIONS)}")
+    device = codec.device if codec else _device(config.device)
+    check_precision(config.precision, device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, checkpoint = Path(config.out), resolve_checkpoint(config.model)
     vocab = Vocab.from_pretrained(checkpoint.path)
     rows = open_data(
         config.source, config.hf_split, config.text_column, config.audio_column, check_files=False
     )
-    codec = codec or Codec.from_pretrained(checkpoint.path, device=_device(config.device))
+    codec = codec or Codec.from_pretrained(checkpoint.path, device=device)
     fingerprint = _fingerprint(config, rows, codec.hash)
     if _finished(out, fingerprint):
         if rank == 0:
@@ -282,12 +285,13 @@ def _finished(out: Path, fingerprint: str) -> bool:
     return True
 
 
-def _device(name: str) -> str:
+def _device(name: str) -> "torch.device":
     import torch
 
-    if name != "auto":
-        return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = gpu if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def _spread(levels: list[dict]) -> dict:

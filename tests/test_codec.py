@@ -15,7 +15,8 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.audio import audio_info, read_audio
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from higgs_lab.codec import Codec, codec_config, codec_hash, exact_float32
+from higgs_lab.codec import Codec, codec_config, codec_hash
+from higgs_lab.precision import exact_float32
 from higgs_lab.vocab import CODEC_CONFIG
 from tests.tiny import random_codes, voice_like
 

@@ -14,7 +14,7 @@ import torch
 
 import higgs_lab.codec
 from higgs_lab import codec_fast
-from higgs_lab.codec import Codec, arithmetic, batches, rounded
+from higgs_lab.codec import Codec, batches, rounded
 from higgs_lab.codec_fast import (
     _convolve_last,
     _replaced,
@@ -24,6 +24,7 @@ from higgs_lab.codec_fast import (
     semantic_frames,
     stage_lengths,
 )
+from higgs_lab.precision import arithmetic
 from recipes.bench_codec import own_codes, own_wave
 from tests.tiny import random_codes, voice_like
 
@@ -107,7 +108,7 @@ def test_neither_neighbours_nor_silence_behind_the_longest_change_a_clip(codec, 
     made = codec.encode_batch([*wavs, *loud], max_batch_sec=9, ragged=True)
     assert agreement(made[:-1], alone) >= 0.999
     samples = [len(wav) for wav in wavs if len(wav) >= 24_000]
-    batch = codec._batch([wav for wav in wavs if len(wav) >= 24_000], 80_000)
+    batch = codec._batch([wav for wav in wavs if len(wav) >= 24_000], len(samples), 80_000)
     codes = codec._encode(batch, samples, "fp32")
     frames = semantic_frames(codec.model, samples)
     wanted = [one for one, wav in zip(alone, wavs, strict=True) if len(wav) >= 24_000]
@@ -199,6 +200,9 @@ def test_batches_of_planned_shapes_are_few_and_keep_to_their_room():
     assert [len(part) for part in made] == [4, 4, 1]
     assert all(len(p) * rounded(max(lengths[i] for i in p), 25) <= 300 for p in made)
     assert [len(part) for part in batches(by_length, 300, ragged=True)] == [5, 4]
+    # what is filled up needs no power of two
+    made = batches(by_length, 300, ragged=True, second=25, fill=True)
+    assert [len(part) for part in made] == [4, 5]
 
 
 @torch.no_grad()
@@ -256,6 +260,22 @@ def test_on_a_gpu_a_clip_alone_is_as_long_as_whole_seconds(codec, wavs, alone, m
     monkeypatch.undo()
     for made, wanted in zip(waves, codec.decode_batch(alone), strict=True):
         np.testing.assert_allclose(made, wanted, atol=1e-5)
+
+
+def test_on_a_gpu_ragged_clips_are_few_batches_of_few_shapes(codec, monkeypatch):
+    """A GPU waits for the host: one pass of 17 clips, filled up to 18, instead of 16 and 1."""
+    wavs = [voice_like(1.0 + i / 100, seed=i) for i in range(17)]
+    wanted, shapes, encode = codec.encode_batch(wavs), [], codec._encode
+    monkeypatch.setattr(codec, "_planned", lambda second: second)
+    monkeypatch.setattr(codec, "_room_sec", lambda: 40)
+    monkeypatch.setattr(
+        codec, "_encode", lambda x, *a: shapes.append(tuple(x.shape)) or encode(x, *a)
+    )
+    made = codec.encode_batch(wavs, precision="tf32", ragged=True)
+    assert shapes == [(18, 48_000)]
+    assert agreement(made, wanted) >= 0.999
+    assert agreement(codec.encode_batch(wavs, 8, "tf32", ragged=True), wanted) >= 0.999
+    assert shapes[1:] == [(4, 48_000)] * 4 + [(1, 24_000)]
 
 
 def test_the_reference_is_the_models_own_code(codec, wavs, alone, monkeypatch):

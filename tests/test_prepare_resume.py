@@ -143,6 +143,8 @@ def test_a_faster_precision_is_asked_for_by_name_and_not_mixed_with_the_referenc
     fast = PrepareConfig(source, str(nano), str(tmp_path / "fast"), precision="bf16")
     with pytest.raises(ValueError, match="choose fp32, tf32, fp16, bf16"):
         main(replace(fast, precision="int8"))
+    with pytest.raises(ValueError, match="precision=fp16 is for a GPU: choose fp32 or bf16"):
+        main(replace(fast, precision="fp16", device="cpu"))
     main(replace(fast, out=str(tmp_path / "one"), precision="fp32"))
     with pytest.raises(FileExistsError, match="other settings"):
         main(replace(fast, out=str(tmp_path / "one")))

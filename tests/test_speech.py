@@ -48,7 +48,7 @@ def test_the_codec_decodes_in_the_precision_that_is_asked_for(nano, monkeypatch)
     devices = torch.device("cpu"), torch.device("cuda")
     assert [default_precision(device) for device in devices] == ["fp32", "fp16"]
     assert [default_batch_size(device) for device in devices] == [16, 64]
-    with pytest.raises(ValueError, match="decode_precision 'int8': choose fp32, tf32"):
+    with pytest.raises(ValueError, match="decode_precision=int8: choose fp32, tf32"):
         higgs_lab.load(nano, decode_precision="int8")
     with pytest.raises(ValueError, match="decode_precision=fp16 is for a GPU"):
         higgs_lab.load(nano, device="cpu", decode_precision="fp16")
