@@ -146,7 +146,10 @@ def _open(path: str | AudioSource) -> Iterator:
         raise FileNotFoundError(f"audio file {path} {what}: check the path in the manifest")
     with path.open("rb") as raw:
         try:
-            file = soundfile.SoundFile(raw)
+            if isinstance(path, Path):  # libsndfile reads by itself
+                file = soundfile.SoundFile(raw.fileno(), closefd=False)
+            else:  # it asks Python for every few kB: a wait for the interpreter each
+                file = soundfile.SoundFile(raw)
         except soundfile.LibsndfileError as error:
             empty = raw.seek(0, io.SEEK_END) == 0
             detail = "the file is empty" if empty else error.error_string.strip(". ")
