@@ -259,9 +259,10 @@ class Codec:
     def _batch(self, clips: list[np.ndarray], rows: int, length: int) -> Tensor:
         """[rows, length] on the device, silence behind what is shorter and where no clip is."""
         on_gpu = self.device.type == "cuda"
-        batch = torch.zeros(rows, length, pin_memory=on_gpu)
+        batch = torch.empty(rows, length, pin_memory=on_gpu)
+        batch[len(clips) :] = 0
         for row, clip in zip(batch.numpy(), clips, strict=False):
-            row[: len(clip)] = clip
+            row[: len(clip)], row[len(clip) :] = clip, 0
         return batch.to(self.device, non_blocking=on_gpu).to(self.dtype)
 
 

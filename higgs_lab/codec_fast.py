@@ -80,7 +80,8 @@ def run_dac(
     """
     stages = list(_stages(net))
     ends = torch.tensor([stage_lengths(net, n) for n in lengths], dtype=torch.int32).T.contiguous()
-    ends = ends.to(x.device, non_blocking=True)  # [stages + 1, B]
+    # [stages + 1, B], rows of whole 16 bytes: for others, Triton would compile its kernels again
+    ends = pad(ends, (0, -len(x) % 4)).to(x.device, non_blocking=True)[:, : len(x)]
     inside = torch.arange(x.shape[-1], device=x.device) < ends[0][:, None]
     y, bias, trunk = _begin(net.conv1, x * inside[:, None], channels_last), net.conv1.bias, None
     active, trunk = snake(y, bias, _activation(stages[0]).alpha, ends[1], keep=_is_unit(stages[0]))

@@ -19,6 +19,16 @@ def _sine(hz, sample_rate_hz, sec=1.0, amplitude=0.5):
     return (amplitude * np.sin(2 * np.pi * hz * t)).astype(np.float32)
 
 
+def io_source(path: Path):
+    """The same bytes as a clip inside a data set has them."""
+
+    class Inside:
+        def open(self, mode="r"):
+            return io.BytesIO(path.read_bytes())
+
+    return Inside()
+
+
 def _rms(wav):
     return float(np.sqrt(np.mean(wav.astype(np.float64) ** 2)))
 
@@ -126,6 +136,26 @@ def test_audio_inside_a_data_set_is_read_like_a_file():
             return buffer
 
     assert read_audio(Clip()).shape == (24000,)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg"])
+def test_a_file_is_read_without_asking_python_for_its_parts(tmp_path, monkeypatch, kind):
+    """Each time it asks it waits for the interpreter, and the thread that feeds a GPU for it."""
+    path = tmp_path / f"a.{kind}"
+    soundfile.write(path, _sine(440, 44100, 3.0), 44100)
+    read = []
+
+    class Watched(io.FileIO):
+        def readinto(self, buffer):
+            read.append(len(buffer))
+            return super().readinto(buffer)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(Watched(self, mode)))
+    wav = read_audio(path)
+    assert not read
+    monkeypatch.setattr(Path, "open", opened)
+    np.testing.assert_array_equal(wav, read_audio(io_source(path)))
 
 
 def test_write_clips_and_rounds_to_16_bit(tmp_path):
