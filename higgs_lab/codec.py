@@ -7,7 +7,8 @@ strict=False may run on random weights without a word (facts §1.3).
 
 Encoding is fp32 with TF32 off, the reference for training data. HuBERT normalises over time and
 convolutions see the edges, so plain padding changes codes: only clips of one length share a batch
-of the reference. Other precisions, and `ragged` batches of any lengths, run in `codec_fast`.
+of the reference. Other precisions, `ragged` batches of any lengths, and what runs on a GPU, are in
+`codec_encoder` and `codec_fast`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +27,8 @@ from torch import Tensor
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
-from higgs_lab.codec_fast import embed_clips, run_dac, semantic_frames, takes_lengths
+from higgs_lab.codec_encoder import embed_clips, semantic_frames, takes_lengths
+from higgs_lab.codec_fast import run_dac
 from higgs_lab.precision import arithmetic, exact_float32
 from higgs_lab.vocab import CODEC_CONFIG
 
@@ -44,6 +47,8 @@ class Codec:
         self.sample_rate_hz: int = model.config.sample_rate
         self.samples_per_frame: int = model.config.hop_length
         self.num_codebooks: int = model.config.num_quantizers
+        self.takes_lengths: bool = takes_lengths(model)  # so that clips of any may share a batch
+        self._agrees: dict[tuple, bool] = {}  # by shape and precision, see `_encode_batch`
 
     @classmethod
     def from_pretrained(
@@ -122,11 +127,14 @@ class Codec:
         """Same codes as one by one: only clips of equal sample count share a forward pass.
 
         On a GPU it is as long as whole seconds, of which nothing counts behind a clip's end; codes
-        are those of the model's own code up to rounding there, which moves few.
+        are those of the model's own code up to rounding there, which moves a few of a million.
         precision: one of PRECISIONS; all but fp32 give some other codes (recipes/bench_codec.py).
         ragged: clips of any length share one, which is the same up to rounding: few codes change.
         max_batch_sec: of a pass, padding included; none: 120, for ragged clips on a GPU up to 400,
         as its memory allows.
+
+        On a GPU the first batch of a shape is compared with its last clip alone, and where they
+        differ such batches are encoded one by one, with a warning.
         """
         clips = [self._check(wav) for wav in wavs]
         by_length: dict[int, list[int]] = defaultdict(list)
@@ -134,30 +142,58 @@ class Codec:
             by_length[max(len(wav), self._shortest)].append(i)
         codes: list[Tensor | None] = [None] * len(clips)
         second = self._planned(self.sample_rate_hz)
-        if precision == "fp32" and not ragged and not takes_lengths(self.model):
-            second = 0
         fill = bool(second) and ragged
         max_batch_sec = max_batch_sec or (self._room_sec() if fill else 120)
+        if second and precision == "fp32" and not ragged and not self.takes_lengths:
+            second, max_batch_sec = 0, 0.0  # by the model's own code, one by one
         most = int(max_batch_sec * self.sample_rate_hz)
         for part in batches(by_length, most, ragged, second, fill):
             lengths = [max(len(clips[i]), self._shortest) for i in part]
             longest = rounded(max(lengths), second)
             lengths += [longest] * (rounded(len(part), 1) - len(part) if fill else 0)  # of silence
             batch = self._batch([clips[i] for i in part], len(lengths), longest)
-            made = self._encode(batch, lengths, precision).cpu()
+            made = self._encode_batch(batch, lengths, precision, last=len(part) - 1).cpu()
             frames = semantic_frames(self.model, lengths)
             for i, row, count in zip(part, made, frames, strict=False):
                 codes[i] = row[:count].clone()
         return codes  # type: ignore[return-value]
 
+    def _encode_batch(self, batch: Tensor, lengths: list[int], precision: str, last: int) -> Tensor:
+        """`_encode`, of a batch that must give its clip `last` the codes that it has alone.
+
+        cuDNN chooses kernels by shape, some of which were wrong (`convolution_by_product`): what
+        trains a model is not left to it unseen. A shape is looked at once.
+        """
+
+        def alone(i: int) -> Tensor:
+            return self._encode(batch[i : i + 1], lengths[i : i + 1], precision)
+
+        shape = (precision, *batch.shape)
+        if not self._planned(1) or len(batch) == 1 or self._agrees.get(shape):
+            return self._encode(batch, lengths, precision)
+        if shape not in self._agrees:
+            made = self._encode(batch, lengths, precision)
+            frames = semantic_frames(self.model, lengths[last : last + 1])[0]
+            same = (made[last, :frames] == alone(last)[0, :frames]).float().mean()
+            self._agrees[shape] = bool(same > 0.5)  # of bf16 0.96 are, of a wrong sum 0.07
+            if self._agrees[shape]:
+                return made
+            warnings.warn(
+                f"{len(batch)} clips of {batch.shape[1]} samples are wrong together on this GPU "
+                f"({same:.0%} of the codes alone, {precision}): such are encoded one by one",
+                stacklevel=3,
+            )
+        return torch.cat([alone(i) for i in range(len(batch))])
+
     @torch.inference_mode()
     def _encode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
-        """[B, n] -> codes [B, T, K]; in fp32 by the model's own code where nothing is padded.
+        """[B, n] -> codes [B, T, K]; on a CPU in fp32 by the model's own code if nothing is padded.
 
         In every precision the search is exact.
         """
+        own = not self._planned(1) or not self.takes_lengths
         with arithmetic(precision, self.device):
-            if precision == "fp32" and min(lengths) == batch.shape[1]:
+            if own and precision == "fp32" and min(lengths) == batch.shape[1]:
                 return self.model.encode(batch[:, None]).audio_codes.transpose(1, 2).contiguous()
             hidden = embed_clips(self.model, batch, lengths)
         if precision == "fp16" and not bool(torch.isfinite(hidden).all()):
@@ -222,9 +258,10 @@ class Codec:
 
     @torch.inference_mode()
     def _decode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
-        """[B, K, T] -> float32 [B, n]."""
+        """[B, K, T] -> float32 [B, n]; on a CPU in fp32 by the model's own code, unpadded."""
+        own = not self._planned(1)
         with arithmetic(precision, self.device, convolutions_alone=True):
-            if precision == "fp32" and min(lengths) == batch.shape[2]:
+            if own and precision == "fp32" and min(lengths) == batch.shape[2]:
                 return self.model.decode(batch).audio_values[:, 0].float()
             with torch.autocast(self.device.type, enabled=False):  # little work, done well
                 hidden = self.model.quantizer.decode(batch.transpose(0, 1))

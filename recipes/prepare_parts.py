@@ -82,8 +82,8 @@ def encode_parts(
 
     Returns where the time went.
     """
-    # The reference's codes do not hang on what shares a batch; on a CPU a batch gains nothing.
-    ragged = precision != "fp32" and codec.device.type == "cuda"
+    # on a CPU a batch gains nothing, and the reference is the model's own code
+    ragged = codec.device.type == "cuda" and (precision != "fp32" or codec.takes_lengths)
     mine = list(parts)[rank::world]
     todo = [name for name in mine if not (work / f"{name}.npz").is_file()]
     total, left = (sum(len(parts[name]) for name in names) for names in (mine, todo))
