@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> Bench:
 
 
 def rows(bench: Bench, work: Work) -> None:
-    bench.row("codec alone", partial(codec_alone, work))
+    bench.row("codec alone, clip by clip", partial(codec_alone, work))
     if bench.row("make the recordings", partial(make, work)) is None or not work.seconds:
         return
     for kind in FORMATS:
@@ -166,7 +166,7 @@ def headers(work: Work) -> dict:
 
 
 def codec_alone(work: Work) -> dict:
-    """Clips in memory of the same spread of lengths; as with real ones, hardly two share a pass."""
+    """Clips in memory of the same spread of lengths, of which only equal ones share a pass."""
     codec, rng = work.codec, np.random.default_rng(1)
     sound, wavs, total = buzz(60.0, 0, codec.sample_rate_hz), [], 0.0
     while total < min(work.hours * 3600, ALONE_SEC):
