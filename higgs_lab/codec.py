@@ -204,9 +204,11 @@ class Codec:
         return codes.permute(1, 2, 0).contiguous()  # [K, B, T]
 
     def _room_sec(self) -> float:
-        """Seconds of audio that half the GPU's memory holds while they are encoded, 400 at most."""
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        return min(400.0, max(30.0, memory / 2 / ENCODE_BYTES_A_SECOND))
+        """Seconds of audio that half of what is free on the GPU holds while they are encoded, at
+        most 400."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return min(400.0, max(30.0, (free + kept) / 2 / ENCODE_BYTES_A_SECOND))
 
     def _planned(self, second: int) -> int:
         """`second` of `rounded` and `batches` where shapes shall be few, else 0."""

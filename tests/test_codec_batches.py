@@ -130,6 +130,18 @@ def test_on_a_gpu_ragged_clips_are_few_batches_of_few_shapes(codec, monkeypatch)
     assert shapes[2:] == [(4, 48_000), (1, 48_000), *[(4, 48_000)] * 3, (1, 24_000)]
 
 
+@pytest.mark.parametrize(("free_gb", "seconds"), [(1, 30), (12.8, 200), (80, 400)])
+def test_a_pass_takes_half_of_what_is_free(codec, monkeypatch, free_gb, seconds):
+    """Another process may hold the rest of the card."""
+    for name, found in [
+        ("mem_get_info", (free_gb * 1e9 - 5e8, 80e9)),
+        ("memory_reserved", 9e8),  # by torch, of which so much is in use:
+        ("memory_allocated", 4e8),
+    ]:
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert codec._room_sec() == pytest.approx(seconds)
+
+
 def test_a_batch_that_a_gpu_computes_wrongly_is_encoded_one_by_one(codec, wavs, alone, monkeypatch):
     """As cuDNN did of 16 clips of 3 s on a H100: 93 % of their codes were of other sounds."""
     encode, sizes = codec._encode, []
