@@ -7,8 +7,8 @@ strict=False may run on random weights without a word (facts §1.3).
 
 Encoding is fp32 with TF32 off, the reference for training data. HuBERT normalises over time and
 convolutions see the edges, so plain padding changes codes: only clips of one length share a batch
-of the reference. Other precisions, `ragged` batches of any lengths, and what runs on a GPU, are in
-`codec_encoder` and `codec_fast`.
+of the model's own code. Other precisions, `ragged` batches of any lengths, and what runs on a GPU,
+are in `codec_encoder` and `codec_fast`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
 from higgs_lab.codec_encoder import embed_clips, semantic_frames, takes_lengths
 from higgs_lab.codec_fast import run_dac
+from higgs_lab.cost import free_gpu_memory
 from higgs_lab.precision import arithmetic, exact_float32
 from higgs_lab.vocab import CODEC_CONFIG
 
@@ -127,11 +128,12 @@ class Codec:
         """Same codes as one by one: only clips of equal sample count share a forward pass.
 
         On a GPU it is as long as whole seconds, of which nothing counts behind a clip's end; codes
-        are those of the model's own code up to rounding there, which moves a few of a million.
-        precision: one of PRECISIONS; all but fp32 give some other codes (recipes/bench_codec.py).
+        are those of the model's own code up to rounding there, which moves few.
+        precision: one of `precision.PRECISIONS`; all but fp32 give some other codes
+        (recipes/bench_codec.py).
         ragged: clips of any length share one, which is the same up to rounding: few codes change.
-        max_batch_sec: of a pass, padding included; none: 120, for ragged clips on a GPU up to 400,
-        as its memory allows.
+        max_batch_sec: of a pass, padding included, ragged on a GPU up to an eighth more; 0: one by
+        one; none: 120, for ragged clips on a GPU up to 400, as its free memory allows.
 
         On a GPU the first batch of a shape is compared with its last clip alone, and where they
         differ such batches are encoded one by one, with a warning.
@@ -143,7 +145,8 @@ class Codec:
         codes: list[Tensor | None] = [None] * len(clips)
         second = self._planned(self.sample_rate_hz)
         fill = bool(second) and ragged
-        max_batch_sec = max_batch_sec or (self._room_sec() if fill else 120)
+        if max_batch_sec is None:
+            max_batch_sec = self._room_sec() if fill else 120
         if second and precision == "fp32" and not ragged and not self.takes_lengths:
             second, max_batch_sec = 0, 0.0  # by the model's own code, one by one
         most = int(max_batch_sec * self.sample_rate_hz)
@@ -161,8 +164,8 @@ class Codec:
     def _encode_batch(self, batch: Tensor, lengths: list[int], precision: str, last: int) -> Tensor:
         """`_encode`, of a batch that must give its clip `last` the codes that it has alone.
 
-        cuDNN chooses kernels by shape, some of which were wrong (`convolution_by_product`): what
-        trains a model is not left to it unseen. A shape is looked at once.
+        cuDNN chooses kernels by shape, some of which were wrong (`convolution_by_product`). A shape
+        of wavs is looked at once, by its last clip: what spoils others alone is not seen.
         """
 
         def alone(i: int) -> Tensor:
@@ -175,15 +178,17 @@ class Codec:
             made = self._encode(batch, lengths, precision)
             frames = semantic_frames(self.model, lengths[last : last + 1])[0]
             same = (made[last, :frames] == alone(last)[0, :frames]).float().mean()
-            self._agrees[shape] = bool(same > 0.5)  # of bf16 0.96 are, of a wrong sum 0.07
+            self._agrees[shape] = bool(
+                same > 0.5
+            )  # far below what bf16 moves, far above a wrong sum
             if self._agrees[shape]:
                 return made
             warnings.warn(
-                f"{len(batch)} clips of {batch.shape[1]} samples are wrong together on this GPU "
+                f"{last + 1} clips of {batch.shape[1]} samples are wrong together on this GPU "
                 f"({same:.0%} of the codes alone, {precision}): such are encoded one by one",
                 stacklevel=3,
             )
-        return torch.cat([alone(i) for i in range(len(batch))])
+        return torch.cat([alone(i) for i in range(last + 1)])
 
     @torch.inference_mode()
     def _encode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
@@ -206,9 +211,8 @@ class Codec:
     def _room_sec(self) -> float:
         """Seconds of audio that half of what is free on the GPU holds while they are encoded, at
         most 400."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return min(400.0, max(30.0, (free + kept) / 2 / ENCODE_BYTES_A_SECOND))
+        free = free_gpu_memory(self.device)
+        return min(400.0, max(30.0, free / 2 / ENCODE_BYTES_A_SECOND))
 
     def _planned(self, second: int) -> int:
         """`second` of `rounded` and `batches` where shapes shall be few, else 0."""

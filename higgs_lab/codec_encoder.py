@@ -96,7 +96,8 @@ def takes_lengths(model: HiggsAudioV2TokenizerModel) -> bool:
     return model.config.semantic_model_config.feat_extract_norm == "group"
 
 
-# cuDNN's, which torch prefers in half precision, is made anew for every shape, for 0.1 s each
+# without cuDNN's, which torch prefers in half precision: it is made anew for every shape. It is a
+# switch of the whole process: other threads meanwhile do without it, too
 READY_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HUBERT_MARGIN = 160  # samples of silence on both sides, a constant of transformers' model
 

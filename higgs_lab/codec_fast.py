@@ -163,9 +163,9 @@ def convolution_by_product(conv: nn.Conv1d, x: Tensor, biased: bool = True) -> T
     """conv(x) of stride 1 and one group, x [B, C, T], as one matrix product; channels last.
 
     In fp32 cuDNN cannot be left alone with many channels and few steps: for 16 clips of 3 s or 8 of
-    5 s (768 channels, three taps) it took 75 GiB, where a card has them, and was wrong; for 32 of
-    2 s of DAC's decoder it took 70 GiB (9.19 with torch 2.11, H100, where CUDNN_CONV_WSCAP_DBG did
-    not keep it from 19 GiB for 16 of 2 s).
+    5 s (768 channels, three taps) it took most of an 80 GB card and was wrong, for 32 of 2 s of
+    DAC's decoder as much, but was right (9.19 with torch 2.11, H100; CUDNN_CONV_WSCAP_DBG did not
+    keep it from the like). x [B, C, T] -> [B, out, T'].
     """
     (width,), (dilation,) = conv.kernel_size, conv.dilation
     rows = pad(x.transpose(1, 2), (0, 0, *conv.padding, *conv.padding)).contiguous()

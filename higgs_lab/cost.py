@@ -149,6 +149,12 @@ def most_positions(
     return fits
 
 
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated on a GPU; what torch keeps and does not use is free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def main() -> None:
     sizes = (2048, 4096, 8192, 16384)
     print("Arithmetic, 4B shape, GiB at a pack of so many positions (bf16 products):\n")

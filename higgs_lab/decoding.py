@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from higgs_lab.cost import free_gpu_memory
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Generation
 from higgs_lab.sampling import codes_from_rows
@@ -287,8 +288,5 @@ def _fitting(engine: Engine, positions: int) -> int:
     if engine.device.type != "cuda":
         return 1 << 20
     each = 2 * len(engine.layers) * engine.kv_heads * engine.head_dim * engine.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(engine.device)
-    reserved = torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(
-        engine.device
-    )
-    return max(1, int((free + reserved) * MEMORY_SHARE) // (each * positions))
+    room = free_gpu_memory(engine.device) * MEMORY_SHARE
+    return max(1, int(room) // (each * positions))

@@ -29,7 +29,7 @@ def check_precision(precision: str, device: torch.device, setting: str = "precis
 
 @contextmanager
 def exact_float32():
-    """No TF32 and no autotuned convolutions: codes must not depend on the card or the batch."""
+    """No TF32, no autotuned convolutions: codes depend on card and batch by rounding alone."""
     with _switches(matmul_tf32=False, convolution_tf32=False):
         yield
 

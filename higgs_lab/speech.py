@@ -42,7 +42,7 @@ class SpeechInfo:
 class Higgs:
     """A talker with its codec and vocabulary, ready to speak.
 
-    decode_precision: what the codec decodes in, one of its PRECISIONS; see `load`.
+    decode_precision: what the codec decodes in, one of `precision.PRECISIONS`; see `load`.
     """
 
     def __init__(

@@ -262,7 +262,7 @@ def _reject(row: Utterance, reason: str) -> dict:
 
 
 def _fingerprint(config: PrepareConfig, rows: list[Utterance], codec_hash: str) -> str:
-    """Changes with anything that changes the result."""
+    """Changes with anything that changes more of the result than a GPU's rounding does."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "part_sec")}
     if config.precision == "fp32":  # data prepared before there was a choice are the reference
         del settings["precision"]
