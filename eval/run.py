@@ -33,7 +33,7 @@ from eval.sets import REFERENCE_CHOICES, EvalSet, load_set
 from eval.speaker import check_independent, encoder_details
 from eval.systems import System, open_system
 from eval.voices import Voices, calibrated
-from eval.work import Locks, local_device, rank
+from eval.work import Locks, rank
 from higgs_lab.nano import cache_folder
 from higgs_lab.runlog import atomic_path, provenance, remove_leftovers, write_json_atomic
 from higgs_lab.tags import strip_tags
@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sampling", nargs="*", default=[], metavar="KEY=VALUE", help="such as temperature=0.7")
     add("--batch", type=int, help="clips spoken at once; requests in flight for a server")
     add("--dialect", default="vllm", choices=("vllm", "sglang"), help="of a server")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--device", help="cuda, cuda:1, cpu, auto (default: cuda if there is one)")
     add("--floor", help="output folder of a --model human run of the same set")
     add("--ceiling", help="output folder of a --model codec:CHECKPOINT run of the set")
     add("--cache", help="folder for transcripts and voices of all runs, or none")
@@ -271,8 +271,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parser().parse_args(argv)
-    device = local_device(args.device)
+    from higgs_lab.device import chosen_device
+
     try:
+        device = str(chosen_device(args.device))
         system = open_system(
             args.model,
             args.adapter,

@@ -163,12 +163,11 @@ def _codec(model: str, device: str | None, batch: int) -> System:
     checkpoint = resolve_checkpoint(model)
 
     def start() -> Speak:
-        import torch
-
         from higgs_lab.codec import Codec
+        from higgs_lab.device import chosen_device
 
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return functools.partial(_speak_through, Codec.from_pretrained(checkpoint.path, where))
+        codec = Codec.from_pretrained(checkpoint.path, chosen_device(device))
+        return functools.partial(_speak_through, codec)
 
     details = {"kind": "codec", "name": checkpoint.name, "revision": checkpoint.revision}
     details["weights"] = fingerprint(checkpoint.path)
@@ -259,8 +258,9 @@ def _checkpoint(
 ) -> System:
     from higgs_lab.adapter import find_adapter
     from higgs_lab.checkpoint import resolve_checkpoint
+    from higgs_lab.device import chosen_device
     from higgs_lab.generate import Sampling
-    from higgs_lab.speech import chosen_device, default_precision
+    from higgs_lab.speech import default_precision
 
     known = [f.name for f in fields(Sampling) if f.name != "seed"]
     for name in sampling:

@@ -197,13 +197,3 @@ def chunks(keys: Sequence, size: int) -> list[Sequence]:
 def rank() -> tuple[int, int]:
     """(rank, processes) as accelerate or torchrun say; (0, 1) without them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_device(device: str | None) -> str | None:
-    """This process's GPU where a launcher started several; else what was asked for."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device not in (None, "cuda") or rank()[1] == 1:
-        return device
-    import torch
-
-    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else device

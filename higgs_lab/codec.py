@@ -18,7 +18,7 @@ import hashlib
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_lab.checkpoint import CODEC_PREFIX, NativeFiles
+from higgs_lab.codec_batches import batches, rounded
 from higgs_lab.codec_encoder import embed_clips, semantic_frames, takes_lengths
 from higgs_lab.codec_fast import run_dac
 from higgs_lab.cost import free_gpu_memory
@@ -48,7 +49,6 @@ class Codec:
         self.sample_rate_hz: int = model.config.sample_rate
         self.samples_per_frame: int = model.config.hop_length
         self.num_codebooks: int = model.config.num_quantizers
-        self.takes_lengths: bool = takes_lengths(model)  # so that clips of any may share a batch
         self._agrees: dict[tuple, bool] = {}  # by shape and precision, see `_encode_batch`
 
     @classmethod
@@ -104,6 +104,11 @@ class Codec:
         return self.model.fc.weight.device
 
     @property
+    def takes_lengths(self) -> bool:
+        """Whether clips of any length may share a batch."""
+        return takes_lengths(self.model)
+
+    @property
     def _shortest(self) -> int:
         return int(MIN_SAMPLES_SEC * self.sample_rate_hz)
 
@@ -132,11 +137,11 @@ class Codec:
         precision: one of `precision.PRECISIONS`; all but fp32 give some other codes
         (recipes/bench_codec.py).
         ragged: clips of any length share one, which is the same up to rounding: few codes change.
-        max_batch_sec: of a pass, padding included, ragged on a GPU up to an eighth more; 0: one by
-        one; none: 120, for ragged clips on a GPU up to 400, as its free memory allows.
+        max_batch_sec: of a pass, padding included; 0: one by one; none: 120, for ragged clips on a
+        GPU up to 400, as its free memory allows.
 
-        On a GPU the first batch of a shape is compared with its last clip alone, and where they
-        differ such batches are encoded one by one, with a warning.
+        On a GPU the first batch of a shape is compared with its first, middle and last clip alone,
+        and where they differ such batches are encoded one by one, with a warning.
         """
         clips = [self._check(wav) for wav in wavs]
         by_length: dict[int, list[int]] = defaultdict(list)
@@ -155,46 +160,54 @@ class Codec:
             longest = rounded(max(lengths), second)
             lengths += [longest] * (rounded(len(part), 1) - len(part) if fill else 0)  # of silence
             batch = self._batch([clips[i] for i in part], len(lengths), longest)
-            made = self._encode_batch(batch, lengths, precision, last=len(part) - 1).cpu()
+            made = self._encode_batch(batch, lengths, precision, len(part)).cpu()
             frames = semantic_frames(self.model, lengths)
             for i, row, count in zip(part, made, frames, strict=False):
                 codes[i] = row[:count].clone()
         return codes  # type: ignore[return-value]
 
-    def _encode_batch(self, batch: Tensor, lengths: list[int], precision: str, last: int) -> Tensor:
-        """`_encode`, of a batch that must give its clip `last` the codes that it has alone.
+    def _encode_batch(
+        self, batch: Tensor, lengths: list[int], precision: str, count: int
+    ) -> Tensor:
+        """`_encode` of a batch, of which `count` rows are clips; in TF32 what leaves fp16's range.
 
-        cuDNN chooses kernels by shape, some of which were wrong (`convolution_by_product`). A shape
-        of wavs is looked at once, by its last clip: what spoils others alone is not seen.
+        cuDNN chooses kernels by shape, some of which were wrong (`convolution_by_product`). So at
+        the first batch of a shape three of its clips must get the codes that they have alone; what
+        spoils none of them is not seen.
         """
 
         def alone(i: int) -> Tensor:
-            return self._encode(batch[i : i + 1], lengths[i : i + 1], precision)
+            return self._encode_batch(batch[i : i + 1], lengths[i : i + 1], precision, 1)
 
-        shape = (precision, *batch.shape)
-        if not self._planned(1) or len(batch) == 1 or self._agrees.get(shape):
-            return self._encode(batch, lengths, precision)
-        if shape not in self._agrees:
+        shape = (precision, *batch.shape, min(lengths) == batch.shape[1])
+        agrees = self._agrees.get(shape, None if self._planned(1) and len(batch) > 1 else True)
+        found: dict[int, Tensor] = {}
+        if agrees is not False:
             made = self._encode(batch, lengths, precision)
-            frames = semantic_frames(self.model, lengths[last : last + 1])[0]
-            same = (made[last, :frames] == alone(last)[0, :frames]).float().mean()
-            self._agrees[shape] = bool(
-                same > 0.5
-            )  # far below what bf16 moves, far above a wrong sum
+            if made is None:
+                return self._encode_batch(batch, lengths, "tf32", count)
+            if agrees:
+                return made
+            found = {i: alone(i) for i in sorted({0, count // 2, count - 1})}
+            frames = semantic_frames(self.model, lengths)
+            same = min((made[i, : frames[i]] == row[0, : frames[i]]).float().mean()
+                       for i, row in found.items())  # fmt: skip
+            # far below what bf16 moves, far above a wrong sum
+            self._agrees[shape] = bool(same > 0.5)
             if self._agrees[shape]:
                 return made
             warnings.warn(
-                f"{last + 1} clips of {batch.shape[1]} samples are wrong together on this GPU "
+                f"{count} clips of {batch.shape[1]} samples are wrong together on this GPU "
                 f"({same:.0%} of the codes alone, {precision}): such are encoded one by one",
                 stacklevel=3,
             )
-        return torch.cat([alone(i) for i in range(last + 1)])
+        return torch.cat([found[i] if i in found else alone(i) for i in range(count)])
 
     @torch.inference_mode()
-    def _encode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor:
-        """[B, n] -> codes [B, T, K]; on a CPU in fp32 by the model's own code if nothing is padded.
+    def _encode(self, batch: Tensor, lengths: list[int], precision: str) -> Tensor | None:
+        """[B, n] -> codes [B, T, K], or None for what leaves the range of fp16.
 
-        In every precision the search is exact.
+        On a CPU in fp32 by the model's own code if nothing is padded. The search is always exact.
         """
         own = not self._planned(1) or not self.takes_lengths
         with arithmetic(precision, self.device):
@@ -202,7 +215,7 @@ class Codec:
                 return self.model.encode(batch[:, None]).audio_codes.transpose(1, 2).contiguous()
             hidden = embed_clips(self.model, batch, lengths)
         if precision == "fp16" and not bool(torch.isfinite(hidden).all()):
-            return self._encode(batch, lengths, "tf32")
+            return None
         with exact_float32():  # distances of codes near a cell's edge would be rounding errors
             hidden = self.model.fc(hidden).transpose(1, 2)
             codes = self.model.quantizer.encode(hidden, self.model.config.target_bandwidths[-1])
@@ -307,42 +320,6 @@ class Codec:
         for row, clip in zip(batch.numpy(), clips, strict=False):
             row[: len(clip)], row[len(clip) :] = clip, 0
         return batch.to(self.device, non_blocking=on_gpu).to(self.dtype)
-
-
-def rounded(length: int, second: int) -> int:
-    """length up to whole seconds, from 16 s on by an eighth of it at most; second 0: as it is.
-
-    cuDNN plans every new shape, which takes it longer than the work on it: few may come.
-    """
-    if not second:
-        return length
-    step = second << max(0, (length // second).bit_length() - 4)
-    return -(-length // step) * step
-
-
-def batches(
-    by_length: dict[int, list[int]],
-    max_length: int,
-    ragged: bool,
-    second: int = 0,
-    fill: bool = False,
-) -> Iterator[list[int]]:
-    """Indices that go together, of one length or, ragged, of neighbouring ones.
-
-    As many as max_length holds, padding included; where lengths are `rounded` 1, 2, 4, 8 and so on,
-    but not if the number, too, will be filled up (by an eighth at most, which may be above it).
-    """
-    groups = [by_length[length] for length in sorted(by_length, reverse=True)]
-    if ragged:
-        groups = [[i for group in groups for i in group]]
-    length = {i: n for n, members in by_length.items() for i in members}
-    for group in groups:
-        while group:  # the first is the longest
-            size = max(1, min(len(group), max_length // rounded(length[group[0]], second)))
-            if second and not fill:
-                size = 1 << size.bit_length() - 1
-            yield group[:size]
-            group = group[size:]
 
 
 def codec_config(state: dict[str, Tensor], base: dict) -> dict:

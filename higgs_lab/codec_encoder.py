@@ -44,8 +44,7 @@ def embed_clips(model: HiggsAudioV2TokenizerModel, wavs: Tensor, samples: Sequen
     # The model pads both ends by half a frame where the numbers of frames would differ.
     plain = [stage_lengths(model.acoustic_encoder, n)[-1] for n in samples]
     before = [0 if a == b else model.pad for a, b in zip(plain, frames, strict=True)]
-    longest = max(n + 2 * p for n, p in zip(samples, before, strict=True))
-    moved = wavs.new_zeros(len(wavs), 1, max(longest, wavs.shape[-1] + 2 * max(before)))
+    moved = wavs.new_zeros(len(wavs), 1, wavs.shape[-1] + 2 * model.pad)  # one width for all
     for row, wav, n, p in zip(moved, wavs, samples, before, strict=True):
         row[0, p : p + n] = wav[:n]
     ends = [n + 2 * p for n, p in zip(samples, before, strict=True)]

@@ -17,14 +17,19 @@ _one_setting = threading.RLock()
 
 
 def check_precision(precision: str, device: torch.device, setting: str = "precision") -> None:
-    """Raises ValueError for what is none of PRECISIONS, or what a CPU has not or not in good time.
+    """Raises ValueError for what is none of PRECISIONS, or what only CUDA has in good time.
 
     A CPU knows no TF32, and computes a minute and more on a clip in fp16.
     """
+    _known(precision, setting)
+    if precision in ("tf32", "fp16") and device.type != "cuda":
+        on = "a CPU" if device.type == "cpu" else device.type
+        raise ValueError(f"{setting}={precision} is for a CUDA GPU: choose fp32 or bf16 on {on}")
+
+
+def _known(precision: str, setting: str = "precision") -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"{setting}={precision}: choose {', '.join(PRECISIONS)}")
-    if precision in ("tf32", "fp16") and device.type == "cpu":
-        raise ValueError(f"{setting}={precision} is for a GPU: choose fp32 or bf16 on a CPU")
 
 
 @contextmanager
@@ -43,8 +48,7 @@ def arithmetic(precision: str, device: torch.device, convolutions_alone: bool = 
     compiled code is compiled anew when it changes, and a talker in fp32 would speak in TF32. So the
     halves and a decoder, which have no use for it, leave it alone.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
+    _known(precision)
     half = HALVES.get(precision)
     untouched = half or (precision == "tf32" and convolutions_alone)
     with (

@@ -16,6 +16,7 @@ writes it, training reads it. One row:
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 INFO = "prepared.json"
 FORMAT = 1
+# Of `Codec.encode_batch`, raised where what older versions made may be wrong: see `may_be_wrong`.
+ENCODER = 2
 
 
 def load_prepared(
@@ -39,11 +42,13 @@ def load_prepared(
     split: only these rows; None gives all.
 
     Raises FileNotFoundError when the folder is no prepared data; ValueError when its codes were
-    made by another codec, or the split has no rows.
+    made by another codec, or the split has no rows. Warns of codes that may be wrong.
     """
     import datasets
 
     info = prepared_info(path)
+    if may_be_wrong(info):
+        warnings.warn(f"{path} {MAY_BE_WRONG}: prepare the data again", stacklevel=2)
     if codec_hash is not None and info["codec_hash"] != codec_hash:
         model = info["model"]
         raise ValueError(
@@ -71,6 +76,19 @@ def prepared_info(path: str | Path) -> dict:
     if info.get("format") != FORMAT:
         raise ValueError(f"{file}: format {info.get('format')}, this version reads {FORMAT}")
     return info
+
+
+MAY_BE_WRONG = (
+    "was encoded on a GPU by a version that on 80 GB cards could encode clips of equal length "
+    "wrongly (docs/performance.md)"
+)
+
+
+def may_be_wrong(info: dict) -> bool:
+    """Whether MAY_BE_WRONG is true of data with this `prepared_info`."""
+    config, on_gpu = info.get("config", {}), "device" in info.get("provenance", {})
+    reference = config.get("precision", "fp32") == "fp32" and config.get("device") != "cpu"
+    return info.get("encoder", 1) < ENCODER and on_gpu and reference
 
 
 def save_prepared(
@@ -103,7 +121,7 @@ def save_prepared(
     with atomic_path(path) as temporary:
         with _without_bars():
             data.save_to_disk(str(temporary))
-        write_json_atomic(temporary / INFO, {"format": FORMAT, **info})
+        write_json_atomic(temporary / INFO, {"format": FORMAT, "encoder": ENCODER, **info})
         lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects]
         (temporary / "rejects.jsonl").write_text("".join(lines), encoding="utf-8")
 

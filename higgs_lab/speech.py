@@ -14,6 +14,7 @@ from torch import Tensor
 from higgs_lab import pipeline
 from higgs_lab.checkpoint import Checkpoint, load_talker, resolve_checkpoint
 from higgs_lab.codec import Codec
+from higgs_lab.device import chosen_device
 from higgs_lab.generate import Generation, Sampling
 from higgs_lab.precision import check_precision
 from higgs_lab.prompt import Prompt, render_prompt
@@ -211,11 +212,6 @@ def _spread(value, count: int, name: str, many: tuple[type, ...]) -> list:
     return list(value)
 
 
-def chosen_device(device: str | torch.device | None = None) -> torch.device:
-    """The given one, else CUDA when there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def default_batch_size(device: torch.device) -> int:
     """Texts spoken at once where nothing is said. With more a GPU gains less, and memory goes."""
     return 64 if device.type == "cuda" else 16
@@ -241,7 +237,7 @@ def load(
     References are encoded in fp32 everywhere.
 
     Raises FileNotFoundError or ValueError for what is no checkpoint, an adapter of another base, or
-    an unknown dtype or precision.
+    an unknown device, dtype or precision.
     """
     started = time.monotonic()
     device = chosen_device(device)

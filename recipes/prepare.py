@@ -26,15 +26,22 @@ from higgs_lab.checkpoint import resolve_checkpoint
 from higgs_lab.config import MISSING, cli, one_line_errors
 from higgs_lab.corpora import open_data
 from higgs_lab.manifest import Utterance
-from higgs_lab.prepared import INFO, assign_splits, save_prepared, split_table, text_key
+from higgs_lab.prepared import (
+    ENCODER,
+    INFO,
+    MAY_BE_WRONG,
+    assign_splits,
+    may_be_wrong,
+    save_prepared,
+    split_table,
+    text_key,
+)
 from higgs_lab.runlog import Progress, provenance
 from higgs_lab.tags import check_text, lint_tags
 from higgs_lab.text import max_frames_for
 from recipes.prepare_parts import Clip, encode_parts, identity, load_part, plan_parts, wait_for
 
 if TYPE_CHECKING:
-    import torch
-
     from higgs_lab.codec import Codec
 
 # Both serving engines take references of 1 to 30 s (vllm-omni serving_speech.py).
@@ -59,7 +66,7 @@ class PrepareConfig:
     hf_split: str | None = None  # split of a Hugging Face data set
     text_column: str | None = None  # text column of a Hugging Face data set, if unusual
     audio_column: str | None = None  # audio column of a Hugging Face data set, if unusual
-    device: str = "auto"  # cpu, cuda, or auto: this process's GPU if there is one
+    device: str = "auto"  # cpu, cuda, cuda:N, or auto: this process's GPU if there is one
     part_sec: float = 300.0  # seconds of audio encoded between two saves
     precision: str = "fp32"  # fp32, the reference; tf32, fp16, bf16: faster, some other codes
 
@@ -79,10 +86,11 @@ def main(config: PrepareConfig, codec: "Codec | None" = None) -> Path:
     codec: instead of the checkpoint's own.
     """
     from higgs_lab.codec import Codec
+    from higgs_lab.device import chosen_device
     from higgs_lab.precision import check_precision
     from higgs_lab.vocab import Vocab
 
-    device = codec.device if codec else _device(config.device)
+    device = codec.device if codec else chosen_device(config.device)
     check_precision(config.precision, device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, checkpoint = Path(config.out), resolve_checkpoint(config.model)
@@ -98,7 +106,7 @@ def main(config: PrepareConfig, codec: "Codec | None" = None) -> Path:
         return out
 
     rejects, seconds = screen(rows, config, vocab.added_tokens, show=rank == 0)
-    made_by = codec.hash if config.precision == "fp32" else f"{codec.hash} {config.precision}"
+    made_by = f"{codec.hash} {config.precision} {ENCODER}"
     parts = plan_parts(
         (row for row in rows if row.id not in rejects), seconds, config.part_sec, made_by
     )
@@ -278,20 +286,15 @@ def _finished(out: Path, fingerprint: str) -> bool:
     """Whether `out` holds this very result; any other content of that name is not overwritten."""
     if not out.exists():
         return False
-    made = json.loads((out / INFO).read_text()).get("fingerprint") if (out / INFO).is_file() else ""
-    if made != fingerprint:
-        what = "was prepared with other settings or files" if made else "is no prepared data"
-        raise FileExistsError(f"{out} exists and {what}: remove it or choose another out=...")
-    return True
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        name = gpu if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    info = json.loads((out / INFO).read_text()) if (out / INFO).is_file() else {}
+    made, what = info.get("fingerprint"), "exists and was prepared with other settings or files"
+    if made == fingerprint and not may_be_wrong(info):
+        return True
+    if not made:
+        what = "exists and is no prepared data"
+    elif made == fingerprint:
+        what = MAY_BE_WRONG
+    raise FileExistsError(f"{out} {what}: remove it or choose another out=...")
 
 
 def _spread(levels: list[dict]) -> dict:

@@ -46,8 +46,8 @@ def plan_parts(
 ) -> dict[str, list[AudioSource]]:
     """Every recording once, by length, in parts of about `part_sec`; name -> recordings.
 
-    made_by: codec and precision. A part is named by it and by what is in it, so a changed file is a
-    new part, and the plan is the same in every process and after a restart.
+    made_by: codec, precision, version of the encoder. A part is named by it and by what is in it,
+    so a changed file is a new part, and the plan is the same in every process and after a restart.
     """
     sources = {str(s): s for row in rows for s in (row.audio, row.ref_audio) if s is not None}
     groups: list[list[AudioSource]] = []

@@ -256,7 +256,8 @@ def _read_lines(path: Path) -> list[Utterance]:
 
 def _decode_precision(config: SynthesizeConfig, out: Path) -> str:
     """What is asked for, else what the folder was begun with, else what suits the device."""
-    from higgs_lab.speech import chosen_device, default_precision
+    from higgs_lab.device import chosen_device
+    from higgs_lab.speech import default_precision
 
     if config.decode_precision is None and (out / SETTINGS).is_file():
         return _settings_before(out)["decode_precision"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from higgs_lab.codec_encoder import (
     extract_features,
     grouped_convolution,
     semantic_frames,
-    takes_lengths,
 )
 from higgs_lab.codec_fast import (
     _convolve_last,
@@ -142,13 +142,37 @@ def test_huberts_hidden_states_are_of_each_clip_alone(codec, for_gpu):
     assert (equal - wanted).norm() < 1e-3 * wanted.norm()
 
 
+def test_no_attention_is_made_anew_for_every_shape(codec, monkeypatch):
+    """cuDNN's is, and torch prefers it in half precision."""
+    seen, forward = [], codec.model.semantic_model.encoder.forward
+    monkeypatch.setattr(
+        codec.model.semantic_model.encoder,
+        "forward",
+        lambda *a, **k: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or forward(*a, **k),
+    )
+    for samples in (24_000, 20_000):  # without a mask, and with
+        codec_encoder._hubert(codec.model, torch.zeros(1, 24_000), [samples])
+    assert seen == [False, False] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_products_take_the_place_of_convolutions_in_exact_fp32_alone(monkeypatch):
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert codec_fast._is_exact(on_gpu)
+    assert not codec_fast._is_exact(SimpleNamespace(**vars(on_gpu) | {"dtype": torch.bfloat16}))
+    with monkeypatch.context() as half:
+        half.setattr(torch, "is_autocast_enabled", lambda device: True)
+        assert not codec_fast._is_exact(on_gpu)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert not codec_fast._is_exact(on_gpu)
+
+
 def test_another_hubert_is_refused(codec, monkeypatch):
     config = codec.model.config.semantic_model_config
     monkeypatch.setattr(config, "feat_extract_norm", "layer")
     with pytest.raises(ValueError, match="group norm"):
         codec_encoder._hubert(codec.model, torch.zeros(1, 24_000), [24_000])
     monkeypatch.setattr(codec, "_planned", lambda second: second)  # as on a GPU
-    monkeypatch.setattr(codec, "takes_lengths", takes_lengths(codec.model))
     wav = voice_like(1.3)
     with pytest.raises(ValueError, match="precision=fp32"):
         codec.encode_batch([wav], precision="fp16")

@@ -1,22 +1,28 @@
 """Preparing data: the same result from any number of processes and after any kill."""
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from higgs_lab.audio import read_audio
 from higgs_lab.manifest import read_manifest, write_manifest
 from higgs_lab.prepared import load_prepared
 from recipes import prepare
 from recipes.prepare import PrepareConfig, main
+from recipes.prepare_parts import encode_parts
 from tests.tiny_prepare import assert_same_data, tone, write_source
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +149,7 @@ def test_a_faster_precision_is_asked_for_by_name_and_not_mixed_with_the_referenc
     fast = PrepareConfig(source, str(nano), str(tmp_path / "fast"), precision="bf16")
     with pytest.raises(ValueError, match="choose fp32, tf32, fp16, bf16"):
         main(replace(fast, precision="int8"))
-    with pytest.raises(ValueError, match="precision=fp16 is for a GPU: choose fp32 or bf16"):
+    with pytest.raises(ValueError, match="precision=fp16 is for a CUDA GPU: choose fp32 or bf16"):
         main(replace(fast, precision="fp16", device="cpu"))
     main(replace(fast, out=str(tmp_path / "one"), precision="fp32"))
     with pytest.raises(FileExistsError, match="other settings"):
@@ -167,6 +173,78 @@ def test_a_changed_recording_is_encoded_again(nano, tmp_path):
     one, two = load_prepared(tmp_path / "one"), load_prepared(tmp_path / "two")
     np.testing.assert_array_equal(one[0]["codes"], two[0]["codes"])
     assert (one[1]["codes"] != two[1]["codes"]).any()
+
+
+def test_what_an_older_version_may_have_encoded_wrongly_is_not_kept(
+    prepared_clips, eight_clips, nano, tmp_path
+):
+    """On a GPU clips of equal length could get each other's codes; what a CPU made is good."""
+    out = tmp_path / "out"
+    shutil.copytree(prepared_clips, out)
+    info = json.loads((out / "prepared.json").read_text())
+    assert info.pop("encoder") == 2
+    config = PrepareConfig(eight_clips, str(nano), str(out), split_valid=0.25)
+
+    def write(**changes):
+        changed = info | {"provenance": info["provenance"] | {"device": "H100"}} | changes
+        (out / "prepared.json").write_text(json.dumps(changed))
+
+    write()
+    with pytest.raises(FileExistsError, match="version that on 80 GB .*: remove it or choose"):
+        main(config)
+    with pytest.warns(UserWarning, match="could encode clips of equal length wrongly"):
+        load_prepared(out)
+    for good in (
+        {"encoder": 2},
+        {"provenance": info["provenance"]},
+        {"config": info["config"] | {"device": "cpu"}},
+        {"config": info["config"] | {"precision": "bf16"}},
+    ):
+        write(**good)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_prepared(out)
+        assert main(config) == out
+
+
+def test_parts_of_an_older_encoder_are_made_again(eight_clips, nano, tmp_path, monkeypatch):
+    config = PrepareConfig(eight_clips, str(nano), str(tmp_path / "out"), part_sec=2.0)
+    monkeypatch.setattr(prepare, "wait_for", lambda files: pytest.fail("stopped"))
+    plans = []
+    for version in (1, 2):
+        monkeypatch.setattr(prepare, "ENCODER", version)
+        with pytest.raises(pytest.fail.Exception):
+            main(config)
+        plans.append({file.name for file in (tmp_path / "out.parts").iterdir()})
+    assert len(plans[1]) == 2 * len(plans[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "takes_lengths", "ragged"),
+    [("cpu", "bf16", True, False), ("cuda", "fp32", True, True), ("cuda", "fp32", False, False)],
+)
+def test_on_a_gpu_clips_of_any_length_share_a_pass(
+    tmp_path, device, precision, takes_lengths, ragged
+):
+    asked = []
+    tone(tmp_path / "a.wav", 1)
+    codec = SimpleNamespace(
+        device=torch.device(device),
+        takes_lengths=takes_lengths,
+        sample_rate_hz=24_000,
+        samples_per_frame=960,
+        num_codebooks=8,
+        encode_batch=lambda wavs, **how: (
+            asked.append(how) or [torch.zeros(-(-len(wav) // 960), 8).long() for wav in wavs]
+        ),
+    )
+    encode_parts(codec, {"one": [tmp_path / "a.wav"]}, tmp_path, show=False, precision=precision)
+    assert asked == [{"precision": precision, "ragged": ragged}]
+
+
+def test_a_wrong_device_is_said_in_a_line(eight_clips, nano, tmp_path):
+    with pytest.raises(ValueError, match="device=gpu: choose cpu, cuda, cuda:N or auto"):
+        main(PrepareConfig(eight_clips, str(nano), str(tmp_path / "out"), device="gpu"))
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_the_codec_decodes_in_the_precision_that_is_asked_for(nano, monkeypatch)
     assert [default_batch_size(device) for device in devices] == [16, 64]
     with pytest.raises(ValueError, match="decode_precision=int8: choose fp32, tf32"):
         higgs_lab.load(nano, decode_precision="int8")
-    with pytest.raises(ValueError, match="decode_precision=fp16 is for a GPU"):
+    with pytest.raises(ValueError, match="decode_precision=fp16 is for a CUDA GPU"):
         higgs_lab.load(nano, device="cpu", decode_precision="fp16")
 
 

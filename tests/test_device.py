@@ -1,0 +1,53 @@
+"""Which device a process computes on, and in what precision it may."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from higgs_lab.device import chosen_device
+from higgs_lab.precision import check_precision
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_cuda_where_there_is_one(four_gpus, monkeypatch):
+    assert (
+        str(chosen_device()) == str(chosen_device("auto")) == str(chosen_device("cuda")) == "cuda"
+    )
+    assert str(chosen_device("cuda:3")) == "cuda:3" and str(chosen_device("cpu")) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(chosen_device()) == "cpu"
+
+
+def test_a_launcher_gives_each_process_its_own(four_gpus, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "5")  # two processes a GPU
+    assert str(chosen_device()) == str(chosen_device("cuda")) == "cuda:1"
+    assert str(chosen_device("cuda:3")) == "cuda:3" and str(chosen_device("cpu")) == "cpu"
+
+
+def test_what_is_no_device_is_said(four_gpus, monkeypatch):
+    for wrong in ("gpu", "", 3.5):
+        with pytest.raises(ValueError, match=f"device={wrong}: choose cpu, cuda, cuda:N or auto"):
+            chosen_device(wrong)
+    with pytest.raises(ValueError, match="device=cuda:4: torch sees 4 CUDA GPUs here"):
+        chosen_device("cuda:4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device=cuda: torch sees 0 CUDA GPUs"):
+        chosen_device("cuda")
+
+
+@pytest.mark.parametrize(("device", "on"), [("cpu", "a CPU"), ("mps", "mps")])
+def test_what_only_cuda_computes_in_good_time(device, on):
+    for precision in ("fp16", "tf32"):
+        with pytest.raises(ValueError, match=f"is for a CUDA GPU: choose fp32 or bf16 on {on}"):
+            check_precision(precision, torch.device(device))
+        check_precision(precision, torch.device("cuda"))
+    check_precision("bf16", torch.device(device))
