@@ -23,6 +23,7 @@ from pathlib import Path
 
 _PACKAGES = ("torch", "torchaudio", "transformers", "accelerate", "peft", "datasets")
 _PACKAGES += ("safetensors", "numpy", "soundfile", "soxr", "vllm", "vllm-omni")
+SETTLED_SEC = 3.0  # of work, at least, before a rate is shown
 
 
 class RunLog:
@@ -194,7 +195,8 @@ class Progress:
 
     On a terminal one line is rewritten; otherwise (log files, CI) a line is printed every
     `every_sec` and at the end. Work done before a resume is `start`: it counts as done, not for
-    the rate. Use as a context manager and call `update(n)`.
+    the rate. Rate and time left leave out the first update, which waits for loading and compiling.
+    Use as a context manager and call `update(n)`.
     """
 
     def __init__(
@@ -208,6 +210,7 @@ class Progress:
     ):
         self.total, self.unit, self.label, self.done = total, unit, label, start
         self._start, self._begin, self._every_sec = start, time.monotonic(), every_sec
+        self._first: tuple[float, float] | None = None  # when it came, and what was done then
         self._shown_at = self._begin
         self._terminal = sys.stderr.isatty()
         self._enabled = enabled
@@ -217,24 +220,38 @@ class Progress:
         self.done += n
         self._note = note
         now = time.monotonic()
+        if n > 0 and self._first is None:
+            self._first = now, self.done
         if now - self._shown_at >= (0.2 if self._terminal else self._every_sec):
             self._shown_at = now
             self._show("\r" if self._terminal else "")
 
     def line(self) -> str:
         """Such as "encode 120/600 clips (20 %), 3.1 clips/s, 2 min 35 s left"."""
-        elapsed = time.monotonic() - self._begin
-        rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
+        now = time.monotonic()
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
         parts = [
             f"{self.label} {_number(self.done)}/{_number(self.total)} {self.unit}{share}".strip()
         ]
         if self.done >= self.total:
+            elapsed = now - self._begin
+            rate = (self.done - self._start) / elapsed if elapsed > 0 else 0.0
             parts.append(f"{_number(rate)} {self.unit}/s, took {duration(elapsed)}")
-        elif rate > 0:
+        elif rate := self._settled_rate(now):
             left = duration((self.total - self.done) / rate)
             parts.append(f"{_number(rate)} {self.unit}/s, {left} left")
         return ", ".join(parts + [self._note] * bool(self._note))
+
+    def _settled_rate(self, now: float) -> float:
+        """Since the first update; 0 while too little time has passed since.
+
+        Too little is also less than half the wait for the first: clips of one batch come at once,
+        and then it is long until the next.
+        """
+        first_at, first_done = self._first or (now, self.done)
+        elapsed = now - first_at
+        settled = elapsed >= max(SETTLED_SEC, (first_at - self._begin) / 2)
+        return (self.done - first_done) / elapsed if settled else 0.0
 
     def close(self) -> None:
         self._show("\r" if self._terminal else "", end="\n")

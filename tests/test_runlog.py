@@ -197,24 +197,66 @@ def test_provenance_names_code_versions_and_extras(tmp_path):
     assert json.loads((tmp_path / "provenance.json").read_text()) == record
 
 
-def test_progress_prints_share_rate_and_time_left(capsys, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """Its only item is the time of the clock that Progress reads."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_prints_share_rate_and_time_left(capsys, clock):
     with Progress(100, "clips", "encode", start=40, every_sec=5) as progress:
         clock[0] += 4
         progress.update(10)  # too soon for a line
         clock[0] += 6
-        progress.update(10)
+        progress.update(12)
         clock[0] += 20
         progress.done = 90
         progress.update(10)
     lines = capsys.readouterr().err.splitlines()
-    # 20 of the 60 clips counted by now were done since the start: 2 clips/s, 40 to go.
-    assert lines[0] == "encode 60/100 clips (60 %), 2 clips/s, 20 s left"
+    # 12 clips in the 6 s after the first update: 2 clips/s, 38 to go.
+    assert lines[0] == "encode 62/100 clips (62 %), 2 clips/s, 19 s left"
+    # In the end all the time counts, and what was done before a resume does not.
     assert lines[-1] == "encode 100/100 clips (100 %), 2 clips/s, took 30 s"
     with Progress(3, "clips", enabled=False) as progress:
         progress.update(3)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("start", [0, 500])
+def test_the_first_clip_which_waits_for_loading_foretells_nothing(clock, start):
+    progress = Progress(start + 101, "clips", start=start)
+    clock[0] += 60  # loads, compiles
+    progress.update()
+    assert progress.line().endswith("%)")  # not "1 h 40 min left"
+    clock[0] += 2
+    progress.update(4)
+    assert progress.line().endswith("%)")  # nor from the little that came since
+    clock[0] += 38
+    progress.update(16)
+    assert progress.line().endswith("%), 0.5 clips/s, 2 min 40 s left")  # 20 in 40 s, 80 to go
+
+
+def test_clips_that_come_all_at_once_are_not_taken_for_a_fast_rate(clock):
+    progress = Progress(32, "clips")
+    for batch in range(3):
+        clock[0] += 20
+        for _ in range(8):
+            clock[0] += 0.5
+            progress.update()
+            if batch == 0:
+                assert "left" not in progress.line()
+    # 23 clips in the 51.5 s since the first
+    assert progress.line() == "24/32 clips (75 %), 0.447 clips/s, 18 s left"
+
+
+def test_looking_at_the_work_of_others_is_no_first_update(clock):
+    progress = Progress(10, "clips", start=2)
+    progress.update(0)
+    clock[0] += 30
+    progress.update()
+    assert progress.line() == "3/10 clips (30 %)"
 
 
 def test_durations_are_readable():
