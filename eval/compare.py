@@ -33,7 +33,7 @@ def compare(*runs: str | Path, seed: int = 0) -> dict:
 
     Returns {"runs": [...], "notes": [...], "comparisons": [{"name": "B", "metrics": {metric:
     {"languages": {code: entry}, "overall": entry}}}]}, entries as `paired_differences` gives them
-    with p_holm, the p-value adjusted over the languages and runs compared.
+    with p_holm, the p-value adjusted over the languages and runs compared, and the verdict.
 
     Raises ValueError, naming the field, for runs that cannot be compared.
     """
@@ -74,7 +74,8 @@ def compare(*runs: str | Path, seed: int = 0) -> dict:
 
 
 def _adjust(comparisons: list[dict]) -> None:
-    """Holm's correction over all languages and runs of a metric; over the runs for the means."""
+    """Holm's correction over all languages and runs of a metric, over the runs for the means; and
+    what is to be said then."""
     for metric in METRICS:
         found = {c["name"]: c["metrics"][metric] for c in comparisons if metric in c["metrics"]}
         entries = {(n, code): e for n, f in found.items() for code, e in f["languages"].items()}
@@ -85,6 +86,8 @@ def _adjust(comparisons: list[dict]) -> None:
                 entry["p_holm"] = adjusted[key]
                 # However far apart the runs are, swapping k texts gives no smaller p than this.
                 entry["p_least"] = min(1.0, len(family) * 2.0 ** (1 - entry["texts_apart"]))
+                name = key if isinstance(key, str) else key[0]
+                entry["verdict"] = verdict(metric, entry, name)
 
 
 def _check_comparable(one: dict, two: dict, run_one: str | Path, run_two: str | Path) -> None:

@@ -10,6 +10,7 @@ it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shlex
@@ -102,8 +103,41 @@ def main(argv: list[str] | None = None) -> None:
         f"  a wav to hear   {out / 'hello' / 'wavs'}\n"
         f"  evaluation      {folders['before']}/report.html and {folders['after']}/report.html\n"
         f"  side by side    {page}, all spoken at temperature {args.temperature}\n"
-        f"  for the server  {export}: python -m serve.launch {export} --device cpu"
+        f"  for the server  {export}: python -m serve.launch {export} --device cpu\n\n"
+        f"{achieved(differences, Path(folders['after'], 'summary.json'))}; hear both in {page}"
     )
+
+
+def achieved(differences: Path, summary: Path) -> str:
+    """In one line: is the fine-tuned voice nearer to the speaker, and what did it cost in words?
+
+    differences: the JSON of eval.compare, in which A is the base, B the fine-tuned voice and D the
+    recordings; summary: B's, which says what its errors are counted in.
+    """
+    compared = json.loads(differences.read_text(encoding="utf-8"))["comparisons"]
+    metrics = {one["name"]: one["metrics"] for one in compared}
+    nearer, error = (metrics["B"].get(name) for name in ("sim_target", "error"))
+    if nearer is None:
+        line = "How near the fine-tuned voice is to the speaker could not be measured"
+    else:
+        verdict = nearer["overall"]["verdict"]
+        line = {
+            "B is better": "The fine-tuned voice is nearer to the speaker than the base",
+            "B is worse": "The fine-tuned voice is farther from the speaker than the base",
+        }.get(verdict, f"It is not shown that fine-tuning made the voice nearer ({verdict})")
+        line += f": similarity {_change(metrics, 'sim_target', '{:.2f}')}"
+    if error is not None:
+        unit = json.loads(summary.read_text(encoding="utf-8"))["overall"]["unit"]
+        name = {"word": "WER", "char": "CER"}.get(unit, "errors")
+        line += f", {name} {_change(metrics, 'error', '{:.1f} %', 100)}"
+    return line
+
+
+def _change(metrics: dict[str, dict], name: str, form: str, scale: float = 1) -> str:
+    """Such as "0.59 -> 0.67 (recordings 0.95)"."""
+    both, human = metrics["B"][name]["overall"], metrics["D"].get(name)
+    text = f"{form.format(scale * both['a'])} -> {form.format(scale * both['b'])}"
+    return text + (f" (recordings {form.format(scale * human['overall']['b'])})" if human else "")
 
 
 def run(command: list[str]) -> None:

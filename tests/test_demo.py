@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from higgs_lab.audio import write_wav
@@ -9,6 +12,8 @@ from higgs_lab.manifest import Utterance, read_manifest, write_manifest
 from recipes import demo
 from recipes.demo import main, make_recordings, take_recordings
 from tests.tiny import voice_like
+
+NEARER = {"a": 0.5886, "b": 0.6697, "verdict": "B is better"}
 
 
 def source(folder, speakers: dict[str, int]) -> str:
@@ -26,6 +31,26 @@ def split(tmp_path, speakers, tests=4, clips=200):
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     take_recordings(source(tmp_path, speakers), train, test, tests, clips)
     return read_manifest(train), read_manifest(test)
+
+
+def judged(command: list[str], nearer: dict | None = NEARER) -> None:
+    """In place of demo.run: of all commands only what eval.compare leaves, and B's summary."""
+    if "eval.compare" not in command:
+        return
+    nothing, worse = {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0197, "verdict": "B is worse"}
+    found = {
+        "B": {"error": worse} | ({"sim_target": nearer} if nearer else {}),
+        "C": {"error": nothing},
+        "D": {"error": nothing} | ({"sim_target": {"a": 0.5886, "b": 0.9516}} if nearer else {}),
+    }
+    comparisons = [
+        {"name": name, "metrics": {metric: {"overall": entry} for metric, entry in one.items()}}
+        for name, one in found.items()
+    ]
+    file = Path(command[command.index("--json") + 1])
+    (file.parent / "after").mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"comparisons": comparisons}))
+    (file.parent / "after" / "summary.json").write_text('{"overall": {"unit": "word"}}')
 
 
 def test_every_speaker_is_learnt_tested_and_cloned_from_another_clip(tmp_path):
@@ -76,7 +101,7 @@ def test_too_little_data_ends_with_one_line_and_nothing_written(tmp_path):
 
 def test_other_recordings_are_not_taken_for_those_already_there(tmp_path, monkeypatch):
     """`make demo`, then `make demo DATA=...`: the first voice must not be trained again instead."""
-    monkeypatch.setattr(demo, "run", lambda command: None)
+    monkeypatch.setattr(demo, "run", judged)
     data = source(tmp_path, {"a": 6})
     main(["--data", data, "--out", str(tmp_path / "out")])
     main(["--data", data, "--out", str(tmp_path / "out")])
@@ -84,6 +109,30 @@ def test_other_recordings_are_not_taken_for_those_already_there(tmp_path, monkey
         SystemExit, match="a demo of .*all.jsonl, not of a new espeak-ng voice: name"
     ):
         main(["--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("nearer", "said"),
+    [
+        (
+            NEARER,
+            "The fine-tuned voice is nearer to the speaker than the base: similarity 0.59 -> 0.67 "
+            "(recordings 0.95), WER 0.0 % -> 2.0 % (recordings 0.0 %); hear both in ",
+        ),
+        (NEARER | {"verdict": "B is worse"}, "is farther from the speaker than the base: "),
+        (NEARER | {"verdict": "too few texts"}, "not shown that fine-tuning made the voice "),
+        (None, "could not be measured, WER 0.0 % -> 2.0 % (recordings 0.0 %); hear both in "),
+    ],
+    ids=["nearer", "farther", "not shown", "no speaker"],
+)
+def test_the_last_line_says_what_was_achieved_and_where_to_hear_it(
+    tmp_path, monkeypatch, capsys, nearer, said
+):
+    monkeypatch.setattr(demo, "run", lambda command: judged(command, nearer))
+    main(["--data", source(tmp_path, {"a": 6}), "--out", str(tmp_path / "out")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert said in last
+    assert last.endswith(str(tmp_path / "out" / "eval" / "before_after.html"))
 
 
 def test_the_demo_makes_the_same_recordings_again(tmp_path):

@@ -39,7 +39,8 @@ def test_compare_pairs_by_text_and_names_the_better(finished, tmp_path, capsys):
     assert result["sim_ref"]["languages"]["en"]["value"] == 0
     compare_main([str(good), str(bad), "--json", str(tmp_path / "d.json")])
     assert "B is worse" in capsys.readouterr().out
-    assert json.loads((tmp_path / "d.json").read_text())["comparisons"][0]["name"] == "B"
+    [written] = json.loads((tmp_path / "d.json").read_text())["comparisons"]
+    assert written["metrics"]["error"]["overall"]["verdict"] == f"{written['name']} is worse"
 
 
 def test_compare_says_when_the_set_is_too_small(finished, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from eval.compare import compare
 from eval.runs import read_summary
 from higgs_lab.manifest import read_manifest
-from recipes.demo import main
+from recipes.demo import achieved, main
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,6 +60,11 @@ def gains(demo) -> list[dict]:
 def test_fine_tuning_brings_the_voice_nearer(gains):
     for found in gains:
         assert found["sim_target"]["low"] > 0, found
+
+
+def test_the_demo_says_so_in_its_last_line(demo):
+    files = demo / "eval" / "before_after.json", demo / "eval" / "after" / "summary.json"
+    assert achieved(*files).startswith("The fine-tuned voice is nearer to the speaker")
 
 
 def test_fine_tuning_keeps_the_words(gains):
