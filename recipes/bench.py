@@ -29,7 +29,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=("nano", "4b"), help="default: 4b on a GPU, else nano")
-    parser.add_argument("--seconds", type=float, default=540, help="budget of the whole command")
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="after so many no row is begun any more"
+    )
     parser.add_argument(
         "--row-sec", type=float, default=6, help="measure each row at least so long"
     )
@@ -47,7 +49,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.size = args.size or ("4b" if self.device.type == "cuda" else "nano")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.began, self.rows, self.longest = time.monotonic(), [], 0.0
+        self.began, self.rows, self.row_sec = time.monotonic(), [], args.row_sec
         self.peak = matrix_tflops(self.device, self.dtype)
         self.vocab = Vocab.from_pretrained(nano_checkpoint())
         print(f"{self.machine()}, torch {torch.__version__}, {self.size} shape")
@@ -60,10 +62,37 @@ class Bench:
             return torch.cuda.get_device_name()
         return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
 
+    def wanted(self, name: str) -> bool:
+        """Whether --only asks for this row."""
+        parts = [part for part in self.args.only.split(",") if part]
+        return not parts or any(part in name for part in parts)
+
+    def share(self, rows: list[tuple[str, Callable[[], dict]]]) -> None:
+        """These rows in turn, each measured for its share of the time left, --row-sec at most.
+
+        None is begun for which there is too little time, going by `least_sec` of the last row whose
+        name begins with the same word; at the end such rows are named.
+        """
+        rows, least, late = [row for row in rows if self.wanted(row[0])], {}, []
+        for place, (name, measure) in enumerate(rows):
+            kind, left = name.split()[0], self.args.seconds - (time.monotonic() - self.began)
+            if left <= least.get(kind, 0.0):
+                late.append(name)
+                self._add(name, {}, f"left out: {max(0.0, left):.0f} s left")
+                continue
+            self.row_sec = min(self.args.row_sec, left / (len(rows) - place))
+            found = self.row(name, measure) or {}
+            least[kind] = found.get("least_sec", least.get(kind, 0.0))
+        if late:
+            print(
+                f"{len(late)} of {len(rows)} rows left out, --seconds {self.args.seconds:g} are "
+                f"too few for them: {'; '.join(late)}",
+                flush=True,
+            )
+
     def row(self, name: str, measure: Callable[[], dict]) -> dict | None:
         """One row; measure gives cells by column. Whatever goes wrong, the next row is tried."""
-        wanted = [part for part in self.args.only.split(",") if part]
-        if wanted and not any(part in name for part in wanted):
+        if not self.wanted(name):
             return None
         spent = time.monotonic() - self.began
         if spent > self.args.seconds:

@@ -7,11 +7,13 @@ over all codebooks and in the first; deviation is that of the decoded wave, rela
 are buzzes of moving pitch with noise, in batches: of one length, or ragged, each 7 frames shorter.
 The random codec of the released size has codebooks that follow no sound: its agreement says how
 often a precision moves a vector to another cell, not what that does to speech; nano's is trained.
+Encoding and decoding take turns, so that both are measured where --seconds are few: then a row is
+measured for less than --row-sec, at least one pass after a first, and rows left out are named.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -36,26 +38,37 @@ def main(argv: list[str] | None = None) -> Bench:
     codec = make_codec(bench)
     wavs = [buzz(args.clip_sec, seed, codec.sample_rate_hz) for seed in range(args.batch)]
     codes = [own_codes(codec, wav) for wav in wavs]
-    waves = [own_wave(codec, clip) for clip in codes]
     cut = [slice(len(c) - 7 * i) for i, c in enumerate(codes)]  # of different lengths
     short = [w[: end.stop * codec.samples_per_frame] for w, end in zip(wavs, cut, strict=True)]
-    bench.row("encode fp32, one by one", partial(encode, bench, codec, wavs, codes, "fp32", True))
-    known = [p for p in PRECISIONS if gpu or p != "tf32"]  # a CPU has none
-    for precision in known:
-        bench.row(f"encode {precision}", partial(encode, bench, codec, wavs, codes, precision))
-    for precision in known:
-        name = f"encode {precision}, ragged"
-        bench.row(name, partial(encode, bench, codec, short, None, precision))
-    fastest(bench)
+    sounds = {"": wavs, ", ragged": short}
+    tokens = {"": codes, ", ragged": [c[end] for c, end in zip(codes, cut, strict=True)]}
+
+    @cache
+    def right_codes(kind: str) -> list[torch.Tensor]:
+        return [own_codes(codec, wav) for wav in sounds[kind]] if kind else codes
+
+    @cache
+    def right_waves(kind: str) -> list[np.ndarray]:
+        return [own_wave(codec, clip) for clip in tokens[kind]]
+
+    def both(precision: str, kind: str = "", single: bool = False) -> list[tuple]:
+        name = precision + (", one by one" if single else kind)
+        there = partial(right_codes, kind), precision, single
+        back = partial(right_waves, kind), precision, single
+        return [
+            (f"encode {name}", partial(encode, bench, codec, sounds[kind], *there)),
+            (f"decode {name}", partial(decode, bench, codec, tokens[kind], *back)),
+        ]
+
+    rows = both("fp32", single=True)
+    known = [p for p in PRECISIONS if gpu or p not in ("tf32", "fp16")]
+    for kind in sounds:
+        for precision in known:
+            rows += both(precision, kind)
+    bench.share(rows)
     if not gpu:
-        known.remove("fp16")  # whose convolutions take PyTorch minutes there
-    bench.row("decode fp32, one by one", partial(decode, bench, codec, codes, waves, "fp32", True))
-    for precision in known:
-        bench.row(f"decode {precision}", partial(decode, bench, codec, codes, waves, precision))
-    cut = [c[end] for c, end in zip(codes, cut, strict=True)]
-    for precision in known:
-        name = f"decode {precision}, ragged"
-        bench.row(name, partial(decode, bench, codec, cut, None, precision))
+        print("tf32 and fp16 are for a GPU: a CPU has no TF32, and takes minutes in fp16")
+    fastest(bench)
     return bench
 
 
@@ -71,18 +84,14 @@ def fastest(bench: Bench) -> None:
         )
 
 
-def encode(bench: Bench, codec: Codec, wavs, wanted, precision: str, single=False) -> dict:
+def encode(bench: Bench, codec: Codec, wavs, wanted, precision: str, single: bool) -> dict:
     ragged = len({len(wav) for wav in wavs}) > 1
     call = partial(codec.encode_batch, precision=precision, max_batch_sec=1e9, ragged=ragged)
-    made = call(wavs)
-    wanted = wanted or [own_codes(codec, wav) for wav in wavs]
-    seconds = sum(map(len, wavs)) / codec.sample_rate_hz
-    found = timed(_step(call, wavs, seconds, single), bench.args.row_sec, warm=1, least=2)
-    bench.profile(lambda: call(wavs))
-    equal = torch.cat(made) == torch.cat(wanted)
+    made, cells = measured(bench, call, wavs, sum(map(len, wavs)) / codec.sample_rate_hz, single)
+    equal = torch.cat(made) == torch.cat(wanted())
     agreement = {"agreement": float(equal.float().mean())}
     agreement["in codebook 0"] = float(equal[:, 0].float().mean())
-    return {"audio-s/s": found["per_sec"], "peak GiB": bench.memory_gib()} | agreement
+    return cells | agreement
 
 
 def own_codes(codec: Codec, wav: np.ndarray) -> torch.Tensor:
@@ -101,32 +110,28 @@ def own_wave(codec: Codec, codes: torch.Tensor) -> np.ndarray:
         return codec.model.decode(batch).audio_values[0, 0].cpu().numpy()
 
 
-def decode(bench: Bench, codec: Codec, codes, wanted, precision: str, single=False) -> dict:
+def decode(bench: Bench, codec: Codec, codes, wanted, precision: str, single: bool) -> dict:
     call = partial(codec.decode_batch, precision=precision, ragged=True, max_batch_frames=1 << 30)
-    made = call(codes)
-    wanted = wanted or [own_wave(codec, clip) for clip in codes]
-    seconds = sum(map(len, made)) / codec.sample_rate_hz
-    found = timed(_step(call, codes, seconds, single), bench.args.row_sec, warm=1, least=2)
-    bench.profile(lambda: call(codes))
-    a, b = np.concatenate(made), np.concatenate(wanted)
-    deviation = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    return {
-        "audio-s/s": found["per_sec"],
-        "deviation": deviation,
-        "peak GiB": bench.memory_gib(),
-    }
+    seconds = sum(map(len, codes)) * codec.samples_per_frame / codec.sample_rate_hz
+    made, cells = measured(bench, call, codes, seconds, single)
+    a, b = np.concatenate(made), np.concatenate(wanted())
+    return cells | {"deviation": float(np.linalg.norm(a - b) / np.linalg.norm(b))}
 
 
-def _step(call, items, seconds: float, single: bool):
-    def step(_: int) -> float:
-        if single:
-            for item in items:
-                call([item])
-        else:
-            call(items)
+def measured(bench: Bench, call, items: list, seconds: float, single: bool) -> tuple[list, dict]:
+    """What call makes of items, together or one by one, and how fast and in what memory it does."""
+    made = []
+
+    def step(_: int = 0) -> float:
+        made[:] = [call([item])[0] for item in items] if single else call(items)
         return seconds
 
-    return step
+    warm = 2 if bench.device.type == "cuda" else 1  # a pass may take a CPU many seconds
+    found = timed(step, bench.row_sec, warm, least=1)
+    cells = {"audio-s/s": found["per_sec"], "peak GiB": bench.memory_gib()}
+    cells["least_sec"] = warm * found["first_sec"] + seconds / found["per_sec"]
+    bench.profile(step)
+    return made, cells
 
 
 def buzz(seconds: float, seed: int, sample_rate_hz: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,31 @@ def test_a_bench_keeps_its_budget_and_takes_the_rows_asked_for(nano, tmp_path):
     made = bench(tmp_path, "--seconds", "0", "--only", "ours")
     assert "left out" in made.row("ours", lambda: {"speed": 1.0})["note"]
     assert made.row("plain", lambda: {"speed": 1.0}) is None
+
+
+def test_few_seconds_are_shared_and_rows_they_do_not_reach_for_are_named(
+    nano, tmp_path, capsys, monkeypatch
+):
+    made, clock, shares = bench(tmp_path, "--seconds", "20"), [0.0], {}
+    made.began = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def row(name: str, takes: float, least: float):
+        def measure() -> dict:
+            shares[name] = made.row_sec
+            clock[0] += takes
+            return {"speed": 1.0, "least_sec": least}
+
+        return name, measure
+
+    rows = [row("encode a", 10, 8), row("decode a", 4, 2), row("encode b", 9, 8)]
+    made.share([*rows, row("decode b", 5, 2)])
+    # A quarter of 20 s, a third of the 10 left; of the last 6 s encoding needs 8, decoding 2.
+    assert shares == {"encode a": 5, "decode a": pytest.approx(10 / 3), "decode b": 6}
+    printed = capsys.readouterr().out
+    assert "| encode b | left out: 6 s left |" in printed
+    assert "1 of 4 rows left out, --seconds 20 are too few for them: encode b" in printed
+    assert clock[0] < 20
 
 
 def test_timing_counts_no_warm_up():
