@@ -32,9 +32,9 @@ from higgs_lab.prompt import Example, render_example
 from higgs_lab.quantize import quantize_nf4
 from higgs_lab.text_table import HostTable, text_on_host
 from higgs_lab.training_set import TrainingSet
-from recipes.bench import Bench, arguments, timed
+from recipes.bench import PEAK_SHARE, Bench, arguments, timed
 
-COLUMNS = ["positions/s", "share of peak", "real share", "peak GiB", "first step s", "per CPU s"]
+COLUMNS = ["positions/s", PEAK_SHARE, "real share", "peak GiB", "first step s", "per CPU s"]
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more."
 
 
@@ -287,7 +287,7 @@ def figures(
     rate = found["per_sec"]
     return {
         "positions/s": rate,
-        "share of peak": rate * shape.useful_flops(method) / bench.peak / 1e12,
+        PEAK_SHARE: rate * shape.useful_flops(method) / bench.peak / 1e12,
         "real share": real,
         "peak GiB": bench.memory_gib(),
         "first step s": found["first_sec"],

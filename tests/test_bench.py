@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes import bench_codec, bench_generate, bench_prepare, bench_train
 from recipes.bench import Bench, arguments, timed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,22 @@ def test_a_bench_needs_no_sound_or_data_library(nano, tmp_path, name):
 def bench(tmp_path: Path, *options: str) -> Bench:
     args = arguments("").parse_args([*options, "--size", "nano", "--out", str(tmp_path / "b.json")])
     return Bench(args, ["speed"])
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [(bench_train, True), (bench_generate, False), (bench_codec, False), (bench_prepare, False)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_peak_is_measured_and_told_where_a_column_has_shares_of_it(
+    nano, tmp_path, capsys, module, wanted
+):
+    args = arguments("").parse_args(["--size", "nano", "--out", str(tmp_path / "b.json")])
+    made = Bench(args, module.COLUMNS)
+    made.row("one", lambda: {})
+    printed = capsys.readouterr().out
+    assert ("TFLOP/s" in printed) == ("share of peak" in printed) == wanted
+    assert ("peak_tflops" in json.loads((tmp_path / "b.json").read_text())) == wanted
 
 
 def test_a_row_that_fails_is_noted_and_the_next_is_measured(nano, tmp_path, capsys):
