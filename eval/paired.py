@@ -23,19 +23,20 @@ class Measure:
     form: str = "{:.3f}"
 
 
+# "mean" in a title: eval.run's table shows the same of each clip as a median over clips.
 METRICS: dict[str, Measure] = {
     "error": Measure("error %", "errors", "units", -1, True, "{:.2f}"),
     "cer": Measure("CER %", "char_errors", "chars", -1, True, "{:.2f}"),
     "failed": Measure("failed %", "failed", None, -1, True, "{:.2f}"),
     "sim_target": Measure("SIM to speaker", "sim_target", better=1),
     "sim_ref": Measure("SIM to reference", "sim_ref", better=1),
-    "duration_ratio": Measure("duration ratio", "duration_ratio"),
-    "letters_per_sec": Measure("letters/s", "letters_per_sec", form="{:.2f}"),
-    "f0_hz": Measure("F0 Hz", "f0_hz", form="{:.1f}"),
-    "f0_spread_st": Measure("F0 spread st", "f0_spread_st", form="{:.2f}"),
-    "loudness_lufs": Measure("loudness LUFS", "loudness_lufs", form="{:.1f}"),
-    "leading_sec": Measure("silence before s", "leading_sec"),
-    "trailing_sec": Measure("silence after s", "trailing_sec"),
+    "duration_ratio": Measure("mean duration ratio", "duration_ratio"),
+    "letters_per_sec": Measure("mean letters/s", "letters_per_sec", form="{:.2f}"),
+    "f0_hz": Measure("mean F0 Hz", "f0_hz", form="{:.1f}"),
+    "f0_spread_st": Measure("mean F0 spread st", "f0_spread_st", form="{:.2f}"),
+    "loudness_lufs": Measure("mean loudness LUFS", "loudness_lufs", form="{:.1f}"),
+    "leading_sec": Measure("mean silence before s", "leading_sec"),
+    "trailing_sec": Measure("mean silence after s", "trailing_sec"),
 }
 Pair = tuple[dict, dict]
 

@@ -121,9 +121,9 @@ def sound_columns(summary: dict) -> list[Column]:
         if any(block.get(name) is not None for block in blocks(summary).values()):
             form = f"{{:.{digits}f}}"
             columns.append(
-                Column(title, f"{help}; median over clips",
+                Column(f"median {title}", f"{help}; median over clips",
                        lambda code, b, name=name, form=form: number(b.get(name), form),
-                       title, 8 if key != "rtf" else 6)
+                       f"median\n{title}", 8 if key != "rtf" else 6)
             )  # fmt: skip
     return columns
 

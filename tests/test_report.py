@@ -226,6 +226,18 @@ def test_a_narrow_terminal_keeps_the_error_and_every_language(width, capsys, mon
     assert ("SIM" in "".join(lines[:8])) == (width >= 80)
 
 
+def test_medians_of_a_run_and_means_of_a_comparison_are_told_apart_by_name(tmp_path, capsys):
+    """One odd clip of three: 1 semitone is the median of the spreads, 4 is their mean."""
+    spreads = {"a": 1.0, "b": 1.0, "c": 10.0}
+    scores = [scored(c, f"text {c}", f"text {c}", f0_spread_st=st) for c, st in spreads.items()]
+    report.print_table(finish(scores))
+    printed = capsys.readouterr().out
+    assert re.search(r"median F0 spread st +│ +1\.0 ", printed), printed
+    main([str(write_run(tmp_path / run, scores, run)) for run in ("one", "two")])
+    printed = capsys.readouterr().out
+    assert re.search(r"mean F0 spread st +│ +3 │ +4\.00 │ +4\.00 ", printed), printed
+
+
 def test_worst_clips_show_every_kind_of_failure_and_leave_room_for_errors():
     silent = replace(FINE, active_sec=0.0)
     scores = [scored(f"m{i}", "one two", "", audio=None) for i in range(9)]
