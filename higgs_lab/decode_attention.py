@@ -45,6 +45,7 @@ def decode_attention(
     lengths: Tensor,
     splits: int | None = None,
     dependent: bool = False,
+    early: bool = False,
 ) -> Tensor:
     """q [B, H, d] over the first `lengths` [B] positions of caches [B, H_kv, C, d] -> [B, H, d].
 
@@ -52,7 +53,8 @@ def decode_attention(
     what lies beyond a length is never read. Lengths are at least 1. Sums are fp32. A slot's result
     depends on its own tensors and `splits` alone, by default `splits_of`: another number of batch
     mates may round it otherwise, other mates may not. dependent: start while the kernel before ends
-    (compute capability 9.0 or more). Raises ValueError for strides it cannot read.
+    (compute capability 9.0 or more); early: and let the next one begin at once (`decode_row`).
+    Raises ValueError for strides it cannot read.
     """
     B, H, d = q.shape
     kv_heads = keys.shape[1]
@@ -68,30 +70,36 @@ def decode_attention(
     if splits > 1:
         parts = torch.empty(B * H * splits, d, dtype=torch.float32, device=q.device)
         best, weight = torch.empty(2, B * H * splits, dtype=torch.float32, device=q.device)
-    shape = dict(SPLITS=splits, GROUP=H // kv_heads, D=d, BLOCK=BLOCK, ROWS=ROWS)
+    shape = dict(SPLITS=splits, D=d, EARLY=early)
+    more = dict(GROUP=H // kv_heads, BLOCK=BLOCK, ROWS=ROWS, **launch(4, dependent))
     strides = keys.stride()[:2]
-    launch = {"PDL": dependent} | ({"launch_pdl": True} if dependent else {})
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _attend_part[(B, kv_heads, splits)](
-            q, keys, values, lengths, parts, best, weight, *strides, d**-0.5, **shape, **launch,
-            num_warps=4, num_stages=2,  # more buffers leave room for fewer programs
+            q, keys, values, lengths, parts, best, weight, *strides, d**-0.5, **shape, **more,
+            num_stages=2,  # more buffers leave room for fewer programs
         )  # fmt: skip
         if splits > 1:
-            shape = dict(SPLITS=splits, D=d)
-            _join_parts[(B * H,)](parts, best, weight, out, **shape, **launch, num_warps=2)
+            _join_parts[(B * H,)](parts, best, weight, out, **shape, **launch(2, dependent))
     return out
+
+
+def launch(num_warps: int, dependent: bool) -> dict:
+    """Options of a kernel which, if dependent, is launched while the one before it ends."""
+    return {"num_warps": num_warps, "PDL": dependent} | ({"launch_pdl": True} if dependent else {})
 
 
 @triton.jit
 def _attend_part(
     q, keys, values, lengths, out, best, weight, slot_stride, head_stride, scale,
     SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of one slot's keys, for the GROUP query heads of one key-value head.
 
     A part without keys leaves a maximum of -inf and zeros, which count for nothing when joined.
     """
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
     slot, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -103,7 +111,9 @@ def _attend_part(
     mine = row < GROUP
     heads = tl.num_programs(1) * GROUP
     place = slot * heads + head * GROUP + row
-    query = tl.load(q + place[:, None] * D + column[None, :], mask=mine[:, None], other=0.0)
+    # .cg: past the L1 cache, which may hold what stood there when a kernel begins early
+    at_query = q + place[:, None] * D + column[None, :]
+    query = tl.load(at_query, mask=mine[:, None], other=0.0, cache_modifier=".cg")
     # 64 bits: the cache of 256 slots of 8192 positions has 2^31 elements
     base = slot.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -126,7 +136,7 @@ def _attend_part(
         sums = sums * shrink[:, None] + tl.dot(chance.to(value.dtype), value)
         total = total * shrink + tl.sum(chance, 1)
         top = higher
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     if SPLITS == 1:
         found = (sums / total[:, None]).to(out.dtype.element_ty)
@@ -139,17 +149,24 @@ def _attend_part(
 
 
 @triton.jit
-def _join_parts(parts, best, weight, out, SPLITS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr):
+def _join_parts(
+    parts, best, weight, out,
+    SPLITS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """The parts of one query head, each scaled to the highest maximum."""
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     split, column = tl.arange(0, SPLITS), tl.arange(0, D)
-    top = tl.load(best + row * SPLITS + split)
+    top = tl.load(best + row * SPLITS + split, cache_modifier=".cg")
     shrink = tl.exp(top - tl.max(top, 0))
-    total = tl.sum(shrink * tl.load(weight + row * SPLITS + split), 0)
-    sums = tl.load(parts + (row * SPLITS + split)[:, None] * D + column[None, :])
-    if PDL:
+    weights = tl.load(weight + row * SPLITS + split, cache_modifier=".cg")
+    total = tl.sum(shrink * weights, 0)
+    at = parts + (row * SPLITS + split)[:, None] * D + column[None, :]
+    sums = tl.load(at, cache_modifier=".cg")
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     found = tl.sum(sums * shrink[:, None], 0) / total
     tl.store(out + row * D + column, found.to(out.dtype.element_ty))

@@ -4,7 +4,8 @@ A product of few rows reads a matrix of many megabytes and computes next to noth
 cut in parts (split-K) until every multiprocessor reads, with many loads on their way, and the
 kernel that follows adds the parts up, be it for a norm and the residual or for the rotary
 embedding. On a GPU a kernel is launched while the one before it ends (programmatic dependent
-launch), and waits for its results where it needs them.
+launch), and waits for its results where it needs them. A single row has products of its own
+(`decode_row`).
 
 Needs Triton when imported and a GPU of compute capability 9.0, for which the sizes below were
 measured; `engine.Engine` tries it there.
@@ -21,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from higgs_lab.decode_attention import decode_attention
+from higgs_lab.decode_attention import decode_attention, launch
+from higgs_lab.decode_row import normed_product, product
 
 if TYPE_CHECKING:
     from higgs_lab.engine import Layer
@@ -54,11 +56,13 @@ def decode_blocks(
     rope: tuple[Tensor, Tensor],
     position: Tensor,
 ) -> Tensor:
-    """Blocks and the last norm: x [B, D], overwritten -> hidden [B, D].
+    """Blocks and the last norm: x [B, D], which may be overwritten -> hidden [B, D].
 
     Row i is what slot i is fed at position[i]: its keys and values are written there, into caches
     [slots, H_kv, C, d], and it sees those up to there. rope: cos and sin [C, d].
     """
+    if len(x) == 1:
+        return _one_row(x, layers, norm, eps, cache, rope, position)
     lengths = position + 1
     following = [*(layer.norm for layer in layers[1:]), norm]
     with torch.cuda.device_of(x):  # Triton launches on the current one
@@ -70,6 +74,22 @@ def decode_blocks(
             h = add_norm(x, linear(attended, layer.out), layer.mlp_norm, eps)
             h = add_norm(x, linear(gated(h, layer.gate_up), layer.down), after, eps)
     return h
+
+
+def _one_row(x, layers, norm, eps, cache, rope, position) -> Tensor:
+    """`decode_blocks` of one row, whose products begin before it is there."""
+    lengths, parts = position + 1, None
+    with torch.cuda.device_of(x):
+        for layer, (keys, values) in zip(layers, cache, strict=True):
+            keys, values = keys[:1], values[:1]
+            x, qkv = normed_product(x, parts, layer.norm, eps, layer.qkv, gated=False)
+            q = rotate(qkv, layer, eps, *rope, position, keys, values, True)
+            seen = (q, keys, values, lengths)
+            attended = decode_attention(*seen, dependent=x.is_cuda, early=True).flatten(1)
+            parts = product(attended, layer.out)
+            x, both = normed_product(x, parts, layer.mlp_norm, eps, layer.gate_up, gated=True)
+            parts = product(both, layer.down)
+        return add_norm(x, parts, norm, eps)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,8 +116,9 @@ def _multiply(x, weight, out, splits: int, tile: int, chunk: int, stages: int) -
     (M, K), N = x.shape, len(weight)
     sizes = dict(ROWS=16 if M <= 16 else 32 if M <= 32 else MAX_ROWS, TILE=tile, CHUNK=chunk)
     _linear[triton.cdiv(N, tile), splits](
-        x, weight, out, M, N, K, GATED=out.ndim == 2, **sizes, **_launch(x, 4), num_stages=stages
-    )
+        x, weight, out, M, N, K, GATED=out.ndim == 2, **sizes, **launch(4, x.is_cuda),
+        num_stages=stages,
+    )  # fmt: skip
     return out
 
 
@@ -106,37 +127,32 @@ def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> Ten
     h, D = torch.empty_like(x), x.shape[1]
     sizes = dict(SPLITS=0 if parts is None else len(parts), D=D, BLOCK=triton.next_power_of_2(D))
     parts = x if parts is None else parts
-    _add_norm[(len(x),)](x, parts, weight, h, eps, **sizes, **_launch(x, 8))
+    _add_norm[(len(x),)](x, parts, weight, h, eps, **sizes, **launch(8, x.is_cuda))
     return h
 
 
 def rotate(
     parts: Tensor, layer: Layer, eps: float, cos: Tensor, sin: Tensor, position: Tensor,
-    keys: Tensor, values: Tensor,
+    keys: Tensor, values: Tensor, early: bool = False,
 ) -> Tensor:  # fmt: skip
     """parts [S, M, (H + 2 H_kv) d], summing up to q, k, v -> q [M, H, d].
 
     For any number of rows, parts of any dtype. q and k get their norms and are rotated by cos and
-    sin [C, d]; k and v go into the caches [M, H_kv, C, d], at each row's position.
+    sin [C, d]; k and v go into the caches [M, H_kv, C, d], at each row's position. early: the next
+    kernel may begin as this one begins (`decode_row`).
     """
     splits, M, width = parts.shape
     kv_heads, d = keys.shape[1], keys.shape[3]
     heads = width // d - 2 * kv_heads
     q = torch.empty(M, heads, d, dtype=keys.dtype, device=keys.device)
     together = min(HEADS, math.gcd(heads, kv_heads) & -math.gcd(heads, kv_heads))
-    sizes = dict(SPLITS=splits, H=heads, KV=kv_heads, D=d, HEADS=together)
+    sizes = dict(SPLITS=splits, H=heads, KV=kv_heads, D=d, HEADS=together, EARLY=early)
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _rotate[M, (heads + 2 * kv_heads) // together](
             parts, layer.q_norm, layer.k_norm, cos, sin, position, q, keys, values,
-            *keys.stride()[:2], eps, **sizes, **_launch(keys, WARPS),
+            *keys.stride()[:2], eps, **sizes, **launch(WARPS, keys.is_cuda),
         )  # fmt: skip
     return q
-
-
-def _launch(x: Tensor, num_warps: int) -> dict:
-    """The interpreter, on a CPU, knows no dependent launch."""
-    gpu = x.is_cuda
-    return {"num_warps": num_warps, "PDL": gpu} | ({"launch_pdl": True} if gpu else {})
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -195,10 +211,13 @@ def _add_norm(
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    total = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    # .cg: past the L1 cache, see `decode_row`
+    total = tl.load(x + row * D + column, mask=inside, other=0.0, cache_modifier=".cg").to(
+        tl.float32
+    )
     for part in tl.static_range(SPLITS):
         at = parts + (part * tl.num_programs(0) + row) * D + column
-        total += tl.load(at, mask=inside, other=0.0)
+        total += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if SPLITS > 0:
@@ -213,20 +232,22 @@ def _add_norm(
 def _rotate(
     parts, q_norm, k_norm, cos, sin, position, q, keys, values, slot_stride, head_stride, eps,
     SPLITS: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
-    HEADS: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one row, all of q, of k or of v, as the halves that the rotation mixes."""
     row, first = tl.program_id(0), tl.program_id(1) * HEADS
     HALF: tl.constexpr = D // 2
     head, half = first + tl.arange(0, HEADS), tl.arange(0, HALF)
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
     low, high = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
     for part in tl.static_range(SPLITS):
         at = (part * tl.num_programs(0) + row) * (H + 2 * KV) + head
         at = parts + at[:, None] * D + half[None, :]
-        low += tl.load(at)
-        high += tl.load(at + HALF)
+        low += tl.load(at, cache_modifier=".cg")
+        high += tl.load(at + HALF, cache_modifier=".cg")
     here = tl.load(position + row)
     if first < H + KV:
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
@@ -239,7 +260,7 @@ def _rotate(
         c = tl.load(cos + here * D + half).to(tl.float32)[None, :]
         s = tl.load(sin + here * D + half).to(tl.float32)[None, :]
         low, high = low * c - high * s, high * c + low * s
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     # 64 bits: the cache of 256 slots of 8192 positions has 2^31 elements
     there = row.to(tl.int64) * slot_stride + here * D

@@ -305,7 +305,7 @@ def _few_rows(engine: Engine) -> int:
     if not decode_block.fits(*sizes):
         return 0
     try:
-        errors = [_trial(engine, rows) for rows in (3, 17, decode_block.MAX_ROWS)]  # all kernels
+        errors = [_trial(engine, rows) for rows in (1, 3, 17, decode_block.MAX_ROWS)]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton's own share no class; old drivers record no such launch
@@ -331,7 +331,7 @@ def _trial(engine: Engine, rows: int = 3) -> float:
     shape = (2, len(layers), 2, rows, engine.kv_heads, room, engine.head_dim)
     start = torch.randn(rows, len(engine.norm), generator=random, device=device).to(dtype)
     cache = torch.randn(shape[1:], generator=random, device=device).to(dtype).expand(shape).clone()
-    position = torch.linspace(0, room - 1, rows, device=device).long()
+    position = torch.linspace(room - 1, 0, rows, device=device).long()
     slot = torch.arange(rows, device=device)
     rope = engine.rope(room)
     cos, sin = rope[0][position, None], rope[1][position, None]

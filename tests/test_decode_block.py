@@ -16,6 +16,7 @@ SIZES = dict(hidden_size=128, intermediate_size=128, num_attention_heads=4, head
 POSITIONS = (0, 3, 39, 17, 8)
 # rows, rows of the matrix, length of a sum
 CASES = [(1, 100, 256), (5, 130, 1280), (16, 64, 512), (17, 64, 384), (64, 200, 128)]
+ROW_CASES = [(6, 128), (100, 384), (130, 1280), (600, 2560)]  # of one row: matrix rows, sum
 
 
 def relative(found, wanted) -> float:
@@ -28,6 +29,28 @@ def product(case, dtype, device="cpu"):
     M, N, K = case
     shapes = ((M, K), (N, K))
     return [torch.randn(s, generator=random, device=device).to(dtype) * K**-0.25 for s in shapes]
+
+
+def row_errors(case, dtype, device="cpu") -> list[float]:
+    """Products of one row, plain and behind a norm: how far they are off."""
+    from higgs_lab.decode_row import normed_product
+    from higgs_lab.decode_row import product as row_product
+
+    x, weight = product((1, *case), dtype, device)
+    random = torch.Generator(device).manual_seed(1)
+    norm = torch.rand(case[1], generator=random, device=device).to(dtype)
+    parts = torch.randn(3, 1, case[1], generator=random, device=device)
+    errors = [relative(row_product(x, weight).sum(0), x.float() @ weight.float().T)]
+    for more in (None, parts):
+        total = x if more is None else (x + more.sum(0)).to(dtype)
+        h = F.rms_norm(total.float(), case[1:], norm.float(), 1e-6)
+        wanted = h @ weight.float().T
+        summed, made = normed_product(x, more, norm, 1e-6, weight, gated=False)
+        errors += [relative(summed, total), relative(made[0], wanted)]
+        gate, up = wanted.chunk(2, dim=-1)
+        made = normed_product(x, more, norm, 1e-6, weight, gated=True)[1]
+        errors.append(relative(made, (F.silu(gate) * up).to(dtype)))
+    return errors
 
 
 def both(dtype, device="cpu", count=5) -> list[dict]:
@@ -58,6 +81,8 @@ def both(dtype, device="cpu", count=5) -> list[dict]:
         blocks = (engine.layers, engine.norm, engine.eps)
         found = decode_blocks(x, *blocks, list(cache), rope, position)
         new["logits"] = engine.logits(found, normed=True)
+    if count == 1:  # which is not overwritten
+        del new["x"], ours["x"]
     return [new, ours]
 
 
@@ -67,6 +92,9 @@ def interpreted() -> None:
     from higgs_lab.decode_block import gated, linear
 
     found = {"linear": [], "gated": [], "mates": True, "blocks": []}
+    found["row"] = [
+        [row_errors(case, d) for d in (torch.float32, torch.float16)] for case in ROW_CASES
+    ]
     for case in CASES:
         x, weight = product(case, torch.float16)
         parts = linear(x, weight)
@@ -76,10 +104,10 @@ def interpreted() -> None:
         found["gated"].append(relative(gated(x, weight), F.silu(gate) * up))
         found["mates"] &= torch.equal(parts[:, -1:], linear(x[-1:], weight))
     for dtype in (torch.float32, torch.float16):
-        new, ours = both(dtype)
-        found["blocks"].append([relative(new[name], ours[name]) for name in ours])
+        pairs = [both(dtype), both(dtype, count=1)]
+        found["blocks"].append([relative(new[n], ours[n]) for new, ours in pairs for n in ours])
     engine = Engine(tiny_talker(scale=6, **SIZES).half())
-    found["trial"] = [[_trial(engine, rows) for rows in (3, 17)]]
+    found["trial"] = [[_trial(engine, rows) for rows in (1, 3, 17)]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("higgs_lab.decode_block.gated", lambda x, weight: x[:, :1] + gated(x, weight))
         found["trial"].append(_trial(engine))
@@ -104,6 +132,12 @@ def test_parts_add_up_to_the_product(found):
     assert all(error < 1e-6 for error in found["linear"])  # a NaN is not
 
 
+def test_products_of_one_row_behind_its_sum_and_norm(found):
+    for fp32, fp16 in found["row"]:
+        assert all(error < 2e-6 for error in fp32)
+        assert all(error < 1e-3 for error in fp16)  # sums and products are rounded once
+
+
 def test_gate_and_up_are_multiplied_where_they_are_summed(found):
     assert all(error < 5e-4 for error in found["gated"])  # rounded once, to fp16
 
@@ -120,12 +154,17 @@ def test_blocks_are_the_engines(found):
 
 def test_a_trial_tells_right_from_wrong(found):
     right, wrong = found["trial"]
-    assert all(error < 0.01 for error in right) and wrong > 0.05
+    assert len(right) == 3 and all(error < 0.01 for error in right) and wrong > 0.05
 
 
 @pytest.mark.parametrize(
     "errors, rows",
-    [((0.01, 0.01, 0.01), 64), ((0.01, 0.01, 0.2), 0), ((0.01, float("nan"), 0.01), 0)],
+    [
+        ((0.01,) * 4, 64),
+        ((0.2, *(0.01,) * 3), 0),
+        ((0.01,) * 3 + (0.2,), 0),
+        ((0.01, float("nan")) * 2, 0),
+    ],
 )
 def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, monkeypatch):
     pytest.importorskip("triton")

@@ -7,7 +7,7 @@ import torch
 
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate
-from tests.test_decode_block import CASES, SIZES, both, product, relative
+from tests.test_decode_block import CASES, ROW_CASES, SIZES, both, product, relative, row_errors
 from tests.test_decoding import assert_near, ragged
 from tests.tiny import tiny_talker
 
@@ -56,6 +56,49 @@ def test_a_rows_sums_do_not_depend_on_its_mates():
         together = linear(x, weight)
         for count in (1, 16, 17):
             assert torch.equal(together[:, :count], linear(x[:count], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*ROW_CASES, *SHAPES_4B])
+def test_products_of_one_row_are_right(case, dtype):
+    assert max(row_errors(case, dtype, "cuda")) < 0.01
+
+
+def test_beginning_early_changes_nothing(monkeypatch):
+    """Who begins before others have ended may not see what those overwrite, nor look too soon."""
+    from triton.runtime.jit import JITFunction
+
+    from higgs_lab.decode_block import decode_blocks
+
+    sizes = dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, head_dim=128)
+    layers = dict(num_hidden_layers=12, layer_types=["full_attention"] * 12)
+    engine = Engine(tiny_talker(num_key_value_heads=8, **sizes, **layers).cuda().bfloat16())
+    position, rope = torch.tensor([251], device="cuda"), engine.rope(512)
+    start = torch.randn(1, 2560, device="cuda").bfloat16()
+    cache = list(torch.randn(12, 2, 1, 8, 512, 128, device="cuda").bfloat16())
+
+    def blocks():
+        return decode_blocks(start, engine.layers, engine.norm, engine.eps, cache, rope, position)
+
+    with torch.no_grad():
+        blocks()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = blocks()
+        early = []
+        for _ in range(50):
+            graph.replay()
+            early.append(recorded.clone())
+        run = JITFunction.run
+
+        def patient(*args, **options):
+            made = run(*args, **options)
+            torch.cuda.synchronize()
+            return made
+
+        monkeypatch.setattr(JITFunction, "run", patient)
+        wanted = blocks()
+    assert wanted.isfinite().all() and all(torch.equal(one, wanted) for one in early)
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 64])
