@@ -12,8 +12,13 @@ def rounded(length: int, second: int) -> int:
     """
     if not second:
         return length
-    step = second << max(0, (length // second).bit_length() - 4)
+    step = _step(length, second)
     return -(-length // step) * step
+
+
+def _step(length: int, second: int) -> int:
+    """What `rounded` rounds to."""
+    return second << max(0, (length // second).bit_length() - 4)
 
 
 def batches(
@@ -36,8 +41,7 @@ def batches(
         while group:  # the first is the longest
             most = max(1, max_length // rounded(length[group[0]], second))
             if fill:
-                while rounded(most, 1) > most:
-                    most -= 1
+                most -= most % _step(most, 1)
             size = min(len(group), most)
             if second and not fill:
                 size = 1 << size.bit_length() - 1

@@ -34,6 +34,7 @@ def test_batches_of_planned_shapes_are_few_and_keep_to_their_room():
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=99), st.integers(60, 999), st.booleans())
 @example([20] * 50, 17 * 25, True)
+@example([20] * 50, 10**15, True)  # no room is counted down
 def test_no_pass_is_longer_than_it_may_be(lengths, most, fill):
     by_length: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
