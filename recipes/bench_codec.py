@@ -123,7 +123,9 @@ def measured(bench: Bench, call, items: list, seconds: float, single: bool) -> t
     made = []
 
     def step(_: int = 0) -> float:
-        made[:] = [call([item])[0] for item in items] if single else call(items)
+        found = [call([item])[0] for item in items] if single else call(items)
+        if not made:  # waves of each pass, kept until the next, would be new pages for the system
+            made.extend(found)
         return seconds
 
     warm = 2 if bench.device.type == "cuda" else 1  # a pass may take a CPU many seconds
