@@ -222,7 +222,8 @@ class Progress:
         now = time.monotonic()
         if n > 0 and self._first is None:
             self._first = now, self.done
-        if now - self._shown_at >= (0.2 if self._terminal else self._every_sec):
+        whole = self.done >= self.total and not self._terminal  # close() prints that line
+        if now - self._shown_at >= (0.2 if self._terminal else self._every_sec) and not whole:
             self._shown_at = now
             self._show("\r" if self._terminal else "")
 

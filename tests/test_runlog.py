@@ -218,7 +218,7 @@ def test_progress_prints_share_rate_and_time_left(capsys, clock):
     # 12 clips in the 6 s after the first update: 2 clips/s, 38 to go.
     assert lines[0] == "encode 62/100 clips (62 %), 2 clips/s, 19 s left"
     # In the end all the time counts, and what was done before a resume does not.
-    assert lines[-1] == "encode 100/100 clips (100 %), 2 clips/s, took 30 s"
+    assert lines[1:] == ["encode 100/100 clips (100 %), 2 clips/s, took 30 s"]  # said once
     with Progress(3, "clips", enabled=False) as progress:
         progress.update(3)
     assert capsys.readouterr().err == ""
