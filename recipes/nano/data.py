@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -96,7 +97,9 @@ def make_shards(out: Path, hours: float, workers: int, seed: int, split: str) ->
     jobs = [(out, seed, n, split) for n in range(max(1, round(hours * 3600 / mean_sec)))]
     data_folder()  # shared by the workers and removed when this process ends
     begin, seconds = time.time(), 0.0
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    # the pool ends its workers by SIGTERM, for which this process may have a handler that they inherit
+    default = signal.signal, (signal.SIGTERM, signal.SIG_DFL)
+    with multiprocessing.get_context("fork").Pool(workers, *default) as pool:
         for done, length in enumerate(pool.imap_unordered(make_shard, jobs), 1):
             seconds += length
             if done % max(1, len(jobs) // 10) == 0:
