@@ -97,7 +97,7 @@ def make_shards(out: Path, hours: float, workers: int, seed: int, split: str) ->
     jobs = [(out, seed, n, split) for n in range(max(1, round(hours * 3600 / mean_sec)))]
     data_folder()  # shared by the workers and removed when this process ends
     begin, seconds = time.time(), 0.0
-    # the pool ends its workers by SIGTERM, for which this process may have a handler that they inherit
+    # the pool ends its workers by SIGTERM, for which they may have inherited a handler
     default = signal.signal, (signal.SIGTERM, signal.SIG_DFL)
     with multiprocessing.get_context("fork").Pool(workers, *default) as pool:
         for done, length in enumerate(pool.imap_unordered(make_shard, jobs), 1):
