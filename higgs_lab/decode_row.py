@@ -10,7 +10,8 @@ short.
 
 A kernel that begins early has older ones beside it. They may leave in the L1 cache what yet others
 then overwrite, and waiting does not clean it: so what a kernel has written, those that begin early
-read past that cache (".cg"). Without, some recordings of 36 blocks gave other results each time.
+read past that cache (".cg"), all but positions, which no kernel of the blocks writes. Without, some
+recordings of 36 blocks gave other results each time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from higgs_lab.decode_attention import launch
 # Measured on an H100: two programs a multiprocessor, the bytes of a tile, warps, and parts that
 # sums not behind a norm are cut in; of so many tiles one is worked on, the others are on their way
 PROGRAMS, TILE_BYTES, WARPS, SPLITS = 264, 24 << 10, 4, 2
+SHARED_BYTES = 200 << 10  # of a multiprocessor's, for the tiles of larger models
 STAGES, STAGES_NORMED = 5, 4  # the latter of what attention follows, whose kernels want room
 
 
@@ -40,20 +42,24 @@ def normed_product(
     count = 0 if parts is None else len(parts)
     given = (x, weight, x if parts is None else parts, norm, total, eps)
     stages = STAGES if gated else STAGES_NORMED
-    return total, _multiply(*given, stages, PARTS=count, GATED=gated)
+    return total, _multiply(*given, stages, 1, NORM=True, PARTS=count, GATED=gated)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [1, K], weight [N, K] -> fp32 parts [S, 1, N], whose sum is x weight^T."""
-    return _multiply(x, weight, x, x, x, 0.0, STAGES, SPLITS)
+    return _multiply(x, weight, x, x, x, 0.0, STAGES, SPLITS, NORM=False, PARTS=0, GATED=False)
 
 
-def _multiply(x, weight, parts, norm, total, eps, stages, splits=1, PARTS=0, GATED=False) -> Tensor:
-    (N, K), normed = weight.shape, splits == 1
+def _multiply(
+    x, weight, parts, norm, total, eps, stages, splits, NORM: bool, PARTS: int, GATED: bool
+) -> Tensor:
+    N, K = weight.shape
     length = K // splits
     tile = _floor(max(2, TILE_BYTES // (weight.element_size() * length)))
     front = _floor(length)
     back = triton.next_power_of_2(length - front) if length > front else 0
+    while (stages - 1) * tile * (front + back) * weight.element_size() > SHARED_BYTES:
+        stages -= 1
     out = (
         torch.empty(1, N // 2, dtype=x.dtype, device=x.device)
         if GATED
@@ -62,7 +68,7 @@ def _multiply(x, weight, parts, norm, total, eps, stages, splits=1, PARTS=0, GAT
     programs = min(PROGRAMS // splits, triton.cdiv(N, tile))
     _row_product[programs, splits](
         x, weight, parts, norm, total, out, eps, N, K, length, TILE=tile, FRONT=front, BACK=back,
-        STAGES=stages, NORM=normed, PARTS=PARTS, GATED=GATED, **launch(WARPS, x.is_cuda),
+        STAGES=stages, NORM=NORM, PARTS=PARTS, GATED=GATED, **launch(WARPS, x.is_cuda),
         num_stages=stages,
     )  # fmt: skip
     return out

@@ -19,11 +19,16 @@ def chosen_device(device: str | torch.device | None = None) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device={device}: choose cpu, cuda, cuda:N or auto") from None
-    if found.type != "cuda":
+    if found.type == "mps" and torch.backends.mps.is_available():
+        return found
+    if found.type not in ("cpu", "cuda") or found.index and found.type == "cpu":
+        raise ValueError(f"device={device}: there is none here; choose cpu, cuda, cuda:N or auto")
+    if found.type == "cpu":
         return found
     count = torch.cuda.device_count()
     if (found.index or 0) >= count:
         raise ValueError(f"device={device}: torch sees {count} CUDA GPUs here; cpu is always there")
-    if found.index is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
+    local, world = os.environ.get("LOCAL_RANK"), os.environ.get("WORLD_SIZE")
+    if found.index is None and local and world and int(world) > 1:
+        return torch.device("cuda", int(local) % count)
     return found

@@ -79,8 +79,8 @@ def prepared_info(path: str | Path) -> dict:
 
 
 MAY_BE_WRONG = (
-    "was encoded on a GPU by a version that on 80 GB cards could encode clips of equal length "
-    "wrongly (docs/performance.md)"
+    "was encoded on a GPU by a version before 320ef59, some of which on 80 GB cards could encode "
+    "clips of equal length wrongly (docs/performance.md)"
 )
 
 

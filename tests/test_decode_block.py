@@ -16,7 +16,8 @@ SIZES = dict(hidden_size=128, intermediate_size=128, num_attention_heads=4, head
 POSITIONS = (0, 3, 39, 17, 8)
 # rows, rows of the matrix, length of a sum
 CASES = [(1, 100, 256), (5, 130, 1280), (16, 64, 512), (17, 64, 384), (64, 200, 128)]
-ROW_CASES = [(6, 128), (100, 384), (130, 1280), (600, 2560)]  # of one row: matrix rows, sum
+# of one row: matrix rows and sum, the last two of which leave a rest behind two powers of two
+ROW_CASES = [(6, 128), (100, 384), (130, 1280), (600, 2560), (10, 896), (34, 1408)]
 
 
 def relative(found, wanted) -> float:
@@ -134,7 +135,7 @@ def test_parts_add_up_to_the_product(found):
 
 def test_products_of_one_row_behind_its_sum_and_norm(found):
     for fp32, fp16 in found["row"]:
-        assert all(error < 2e-6 for error in fp32)
+        assert all(error < 1e-5 for error in fp32)
         assert all(error < 1e-3 for error in fp16)  # sums and products are rounded once
 
 

@@ -28,15 +28,22 @@ def test_cuda_where_there_is_one(four_gpus, monkeypatch):
 
 def test_a_launcher_gives_each_process_its_own(four_gpus, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
+    assert str(chosen_device("cuda")) == "cuda"  # no launcher says which: torch's current one
     monkeypatch.setenv("LOCAL_RANK", "5")  # two processes a GPU
     assert str(chosen_device()) == str(chosen_device("cuda")) == "cuda:1"
     assert str(chosen_device("cuda:3")) == "cuda:3" and str(chosen_device("cpu")) == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert str(chosen_device("cuda")) == "cuda"
 
 
 def test_what_is_no_device_is_said(four_gpus, monkeypatch):
     for wrong in ("gpu", "", 3.5):
         with pytest.raises(ValueError, match=f"device={wrong}: choose cpu, cuda, cuda:N or auto"):
             chosen_device(wrong)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for absent in ("mps", "xpu", "meta", "cpu:5"):
+        with pytest.raises(ValueError, match=f"device={absent}: there is none here"):
+            chosen_device(absent)
     with pytest.raises(ValueError, match="device=cuda:4: torch sees 4 CUDA GPUs here"):
         chosen_device("cuda:4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -190,7 +190,7 @@ def test_what_an_older_version_may_have_encoded_wrongly_is_not_kept(
         (out / "prepared.json").write_text(json.dumps(changed))
 
     write()
-    with pytest.raises(FileExistsError, match="version that on 80 GB .*: remove it or choose"):
+    with pytest.raises(FileExistsError, match="before 320ef59, .*: remove it or choose"):
         main(config)
     with pytest.warns(UserWarning, match="could encode clips of equal length wrongly"):
         load_prepared(out)
