@@ -10,8 +10,8 @@ import torch
 def chosen_device(device: str | torch.device | None = None) -> torch.device:
     """The given one; None or "auto": CUDA when there is one, else the CPU.
 
-    Of several processes that a launcher started (`LOCAL_RANK`), "cuda" gives each its own GPU.
-    Raises ValueError for what is no device, or a GPU that this machine has not.
+    Of several processes that a launcher started (WORLD_SIZE, LOCAL_RANK), "cuda" gives each its own
+    GPU. Raises ValueError for what is no device, or none that this machine has or we compute on.
     """
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
