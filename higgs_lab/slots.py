@@ -265,7 +265,7 @@ class Slots:
         engine, part = self.engine, slice(0, size)
         position, number = self.position[part], self.number[part]
         x = self.fed[part]  # overwritten
-        if size <= engine.few_rows:
+        if size in engine.few_rows:
             from higgs_lab.decode_block import decode_blocks
 
             blocks = (engine.layers, engine.norm, engine.eps)

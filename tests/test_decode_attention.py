@@ -69,9 +69,11 @@ def spoken() -> None:
     print(json.dumps(speech()))
 
 
-def speech(few_rows: int = 0, record_rows: int = 0, **sizes) -> tuple[list, list]:
+def speech(blocks: range = range(0), record_rows: int = 0, **sizes) -> tuple[list, list]:
     """Speech as on a GPU: idle slots, moves, growth. Which takes are the slow twin's, and of each
-    recording how many slots, up to which position, and how many positions there are."""
+    recording how many slots, up to which position, and how many positions there are.
+
+    blocks: numbers of rows that are the Triton blocks'."""
     from higgs_lab import decode_attention, decoding
     from higgs_lab.decoding import Decoder
     from higgs_lab.engine import Engine
@@ -95,7 +97,7 @@ def speech(few_rows: int = 0, record_rows: int = 0, **sizes) -> tuple[list, list
     prompts, settings = ragged(3)
     settings = [replace(s, max_frames=1 + 2 * i) for i, s in enumerate(settings)]
     engine = Engine(talker)
-    engine.split_kv, engine.few_rows = True, few_rows
+    engine.split_kv, engine.few_rows = True, blocks
     with torch.no_grad():
         made = dict(Decoder(engine).run(requests_of(prompts, settings, 8), 2, graphs=True))
     twins = [generate_naive(talker, *pair) for pair in zip(prompts, settings, strict=True)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from higgs_lab.engine import Engine, _few_rows, _trial
+from higgs_lab.decode_trial import rows_of_blocks, trial
+from higgs_lab.engine import Engine
 from tests.test_decode_attention import run, speech
 from tests.tiny import tiny_talker
 
@@ -108,17 +111,24 @@ def interpreted() -> None:
         pairs = [both(dtype), both(dtype, count=1)]
         found["blocks"].append([relative(new[n], ours[n]) for new, ours in pairs for n in ours])
     engine = Engine(tiny_talker(scale=6, **SIZES).half())
-    found["trial"] = [[_trial(engine, rows) for rows in (1, 3, 17)]]
+    found["trial"] = [[trial(engine, rows) for rows in (1, 3, 17)]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("higgs_lab.decode_block.gated", lambda x, weight: x[:, :1] + gated(x, weight))
-        found["trial"].append(_trial(engine))
+        found["trial"].append(trial(engine))
+    with pytest.MonkeyPatch.context() as patch:  # all look at the first position alone
+        attend = decode_block.decode_attention
+        patch.setattr(
+            decode_block, "decode_attention", lambda *a, **k: attend(*a[:3], a[3].clamp(max=1), **k)
+        )
+        found["trial"].append(trial(engine, 1))
     rotated = []
     with pytest.MonkeyPatch.context() as patch:
         rotate = decode_block.rotate
         patch.setattr(
             decode_block, "rotate", lambda p, *a: rotated.append(len(p[0])) or rotate(p, *a)
         )
-        found["spoken"] = [speech(64, **SIZES)[0], speech(1, 9, **SIZES)[0]]
+        given = (range(1, 65),), (range(1, 2), 9), (range(2, 65),)
+        found["spoken"] = [speech(*one, **SIZES)[0] for one in given]
     found["rotated"] = max(rotated)
     print(json.dumps(found))
 
@@ -154,38 +164,47 @@ def test_blocks_are_the_engines(found):
 
 
 def test_a_trial_tells_right_from_wrong(found):
-    right, wrong = found["trial"]
-    assert len(right) == 3 and all(error < 0.01 for error in right) and wrong > 0.05
+    right, *wrong = found["trial"]
+    assert len(right) == 3 and all(error < 0.01 for error in right)
+    assert all(error > 0.05 for error in wrong)  # a product of several rows, attention of one
 
 
 @pytest.mark.parametrize(
-    "errors, rows",
+    ("errors", "rows", "said"),
     [
-        ((0.01,) * 4, 64),
-        ((0.2, *(0.01,) * 3), 0),
-        ((0.01,) * 3 + (0.2,), 0),
-        ((0.01, float("nan")) * 2, 0),
+        ({}, range(1, 65), None),
+        ({1: 0.2}, range(2, 65), "blocks of a single row are wrong here"),
+        ({1: None}, range(2, 65), "blocks of a single row do not run, .*: no room"),
+        ({64: 0.2}, range(0), "blocks of few rows are wrong here"),
+        ({17: float("nan")}, range(0), "blocks of few rows are wrong here"),
+        ({3: None}, range(0), "blocks of few rows do not run, .*: no room"),
     ],
 )
-def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, monkeypatch):
+def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, said, monkeypatch):
+    """One row has kernels of its own: they may fail without the others, not the reverse."""
     pytest.importorskip("triton")
-    found = iter(errors)
-    monkeypatch.setattr("higgs_lab.engine._trial", lambda engine, rows: next(found))
+
+    def trial(engine, rows: int) -> float:
+        if errors.get(rows, 0.0) is None:
+            raise RuntimeError("no room")
+        return errors.get(rows, 0.01)
+
+    monkeypatch.setattr("higgs_lab.decode_trial.trial", trial)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     engine = Engine(tiny_talker(**SIZES).half())
     engine.split_kv = True
-    if rows:
-        assert _few_rows(engine) == rows
-    else:
-        with pytest.warns(UserWarning, match="wrong here"):
-            assert _few_rows(engine) == 0
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert rows_of_blocks(engine) == rows
+    texts = [str(one.message) for one in found]
+    assert len(texts) == bool(said) and (not said or re.search(said, texts[0]))
 
 
 def test_speech_is_the_slow_twins(found):
-    """With the blocks for all rows; and from two rows on with the rotation alone, where the last
-    request is stepped with an idle slot beside it for a while.
+    """With the blocks for all rows; from two rows on with the rotation alone, where the last
+    request is stepped with an idle slot beside it for a while; and for all rows but a single one.
     """
-    assert found["spoken"] == [[True] * 3] * 2 and found["rotated"] > 1
+    assert found["spoken"] == [[True] * 3] * 3 and found["rotated"] > 1
 
 
 def test_splits_fill_a_gpu_and_no_more():

@@ -61,7 +61,7 @@ def test_log_probs_are_those_of_sdpa(compile, count, monkeypatch):
     prompts, _ = ragged(count)
     setting = Sampling(temperature=0.0, max_frames=20)
     made = generate(talker, prompts, setting, log_probs=True, compile=compile)
-    monkeypatch.setattr("higgs_lab.engine._split_kv_runs", lambda *_: False)
+    monkeypatch.setattr("higgs_lab.engine.split_kv_runs", lambda *_: False)
     talker.load_state_dict({k: v.clone() for k, v in talker.state_dict().items()}, assign=True)
     plain = generate(talker, prompts, setting, log_probs=True)
     assert_near(made, plain, atol=0.02)

@@ -108,9 +108,9 @@ def test_blocks_are_the_engines(count):
 
 
 def test_the_engine_takes_them_where_sizes_divide(recwarn):
-    assert Engine(tiny_talker(**SIZES).cuda().bfloat16()).few_rows == 64
-    assert Engine(tiny_talker(**SIZES).cuda()).few_rows == 0
-    assert Engine(tiny_talker().cuda().bfloat16()).few_rows == 0
+    assert Engine(tiny_talker(**SIZES).cuda().bfloat16()).few_rows == range(1, 65)
+    assert not Engine(tiny_talker(**SIZES).cuda()).few_rows
+    assert not Engine(tiny_talker().cuda().bfloat16()).few_rows
     assert not [w for w in recwarn if "Triton" in str(w.message)]
 
 
@@ -121,7 +121,7 @@ def test_log_probs_are_those_of_the_engines_blocks(count, monkeypatch):
     prompts, _ = ragged(count)
     setting = Sampling(temperature=0.0, max_frames=20)
     made = generate(talker, prompts, setting, log_probs=True)
-    monkeypatch.setattr("higgs_lab.engine._few_rows", lambda engine: 0)
+    monkeypatch.setattr("higgs_lab.engine.rows_of_blocks", lambda engine: range(0))
     talker.load_state_dict({k: v.clone() for k, v in talker.state_dict().items()}, assign=True)
     plain = generate(talker, prompts, setting, log_probs=True)
     assert_near(made, plain, atol=0.03)
@@ -137,8 +137,8 @@ def test_more_rows_than_the_blocks_take_are_rotated_by_their_kernel(compile, mon
     monkeypatch.setattr(decode_block, "rotate", spied)
     prompts, _ = ragged(5)
     setting, made = Sampling(temperature=0.0, max_frames=20), []
-    for few_rows in (1, 0):
-        monkeypatch.setattr("higgs_lab.engine._few_rows", lambda engine: few_rows)  # noqa: B023
+    for few_rows in (range(1, 2), range(0)):
+        monkeypatch.setattr("higgs_lab.engine.rows_of_blocks", lambda engine: few_rows)  # noqa: B023
         talker = tiny_talker(scale=6, **SIZES).cuda().half()
         made.append(generate(talker, prompts, setting, log_probs=True, compile=compile))
         assert (max(rows) > 1) == bool(few_rows)

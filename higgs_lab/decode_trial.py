@@ -1,0 +1,126 @@
+"""Whether the Triton kernels of a decode step run on a card and are right: `engine.Engine` asks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from higgs_lab.trial import kernels_agree
+
+if TYPE_CHECKING:
+    from higgs_lab.engine import Engine
+
+
+@cache
+def split_kv_runs(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> bool:
+    """Whether `decode_attention` runs here, shown by a trial against SDPA."""
+
+    def results() -> Iterator[tuple[Tensor, Tensor]]:
+        from higgs_lab.decode_attention import decode_attention
+
+        random = torch.Generator(device).manual_seed(0)
+        q, keys, values = (
+            torch.randn(2, *shape, head_dim, generator=random, device=device, dtype=dtype)
+            for shape in ((heads,), (kv_heads, 90), (kv_heads, 90))
+        )
+        lengths = torch.tensor([90, 7], device=device)
+        seen = (torch.arange(90, device=device) < lengths[:, None])[:, None, None]
+        wide = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (keys, values))
+        wanted = F.scaled_dot_product_attention(q[:, :, None], *wide, attn_mask=seen)[:, :, 0]
+        yield decode_attention(q, keys, values, lengths), wanted
+
+    def fits() -> bool:
+        from higgs_lab import decode_attention
+
+        return decode_attention.fits(heads, kv_heads, head_dim)
+
+    return kernels_agree(device, dtype, fits, results, "speaking is slower")
+
+
+def rows_of_blocks(engine: Engine) -> range:
+    """Numbers of rows for which `decode_blocks` takes the place of the engine's functions.
+
+    None but for compute capability 9.0, where a trial shows that they are right. A single row has
+    kernels of its own, and may be left out alone.
+    """
+    if not engine.split_kv or torch.cuda.get_device_capability(engine.device) != (9, 0):
+        return range(0)
+    from higgs_lab import decode_block
+
+    feed_forward = engine.layers[0].down.shape[1]
+    sizes = (engine.norm.shape[0], feed_forward, engine.heads, engine.head_dim)
+    if not decode_block.fits(*sizes) or not _blocks_agree(engine, 3, 17, decode_block.MAX_ROWS):
+        return range(0)
+    return range(1 if _blocks_agree(engine, 1) else 2, decode_block.MAX_ROWS + 1)
+
+
+def _blocks_agree(engine: Engine, *rows: int) -> bool:
+    """Whether `decode_blocks` runs and is right for so many rows, each shown by a trial."""
+    name = "a single row" if rows == (1,) else "few rows"
+    try:
+        errors = [trial(engine, number) for number in rows]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's own share no class; old drivers record no such launch
+        text = f"Triton's blocks of {name} do not run, speaking is slower: {error}"
+        warnings.warn(text, stacklevel=4)
+        return False
+    if not all(error < 0.05 for error in errors):  # a NaN is not
+        text = f"Triton's blocks of {name} are wrong here, speaking is slower"
+        warnings.warn(text, stacklevel=4)
+        return False
+    return True
+
+
+@torch.no_grad()
+def trial(engine: Engine, rows: int = 3) -> float:
+    """How far `decode_blocks` is from the engine's functions, over the first two blocks.
+
+    A norm relative to another. On a GPU the blocks are recorded, as they will be.
+    """
+    from higgs_lab.decode_block import decode_blocks
+
+    device, dtype, room = engine.device, engine.dtype, 64
+    random = torch.Generator(device).manual_seed(0)
+    layers = engine.layers[:2]
+    shape = (2, len(layers), 2, rows, engine.kv_heads, room, engine.head_dim)
+    start = torch.randn(rows, len(engine.norm), generator=random, device=device).to(dtype)
+    cache = torch.randn(shape[1:], generator=random, device=device).to(dtype).expand(shape).clone()
+    # the first is the last place, for at the first one attention has nothing to choose from
+    position = torch.linspace(room - 1, 0, rows, device=device).long()
+    slot = torch.arange(rows, device=device)
+    rope = engine.rope(room)
+    cos, sin = rope[0][position, None], rope[1][position, None]
+    x = start.clone()
+    for layer, (keys, values) in zip(layers, cache[0], strict=True):
+        q = engine.cached_project(x, layer, cos, sin, keys, values, slot, position)
+        at = torch.arange(room, device=device)
+        hidden = torch.zeros(rows, room, device=device, dtype=dtype)
+        hidden = hidden.masked_fill_(at > position[:, None], float("-inf"))[:, None, None]
+        attended = engine.attend(q, keys, values, position + 1, hidden)
+        engine.finish(x, attended, layer, engine.feed_forward)
+    wanted = F.rms_norm(x, x.shape[-1:], engine.norm, engine.eps).float()
+
+    def blocks() -> Tensor:
+        x = start.clone()
+        return decode_blocks(x, layers, engine.norm, engine.eps, cache[1], rope, position)
+
+    before = cache[1].clone()
+    found = blocks()  # compiles
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                found = blocks()
+            cache[1].copy_(before)  # the first call's keys would hide a read that comes too early
+            graph.replay()
+    return float((found.float() - wanted).norm() / wanted.norm())
