@@ -140,8 +140,10 @@ def load_mms(
     import torch
     from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if fp16 and torch.device(device).type == "cpu":
+    from higgs_lab.device import chosen_device
+
+    device = chosen_device(device)
+    if fp16 and device.type == "cpu":
         raise ValueError("fp16 recognition needs a GPU: leave it off on a CPU")
     path, commit, _ = _resolve(source, spec)
     at = {"revision": commit} if commit else {}

@@ -206,12 +206,14 @@ def load_whisper(
     download_root: str | None = None,
     batch: int | None = None,
 ) -> WhisperRecognizer:
-    """Load an openai-whisper name, a checkpoint file, or "nano"."""
+    """Load an openai-whisper name, a checkpoint file, or "nano"; device: see `chosen_device`."""
     import torch
     import whisper
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if fp16 and torch.device(device).type == "cpu":
+    from higgs_lab.device import chosen_device
+
+    device = chosen_device(device)
+    if fp16 and device.type == "cpu":
         raise ValueError("fp16 recognition needs a GPU: leave it off on a CPU")
     source = _source(spec)
     try:

@@ -64,12 +64,15 @@ def evaluate(
     floor, ceiling: folders of finished runs of the same set, measured alike: of the human
         recordings, and of those recordings through the codec.
     mined_with: encoder that chose the references, if one did; it must not be the one that scores.
+    device: of the judges, as `chosen_device` has it.
     cache: folder where transcripts and embeddings are kept across runs by the sound's hash and the
         judge's revision and options; None keeps none.
 
     Raises ValueError when `out` holds a run with other settings, when the system cannot give
     several takes, or when a text has no words left after normalising.
     """
+    from higgs_lab.device import chosen_device
+
     config = settings(
         system,
         test_set,
@@ -81,7 +84,7 @@ def evaluate(
         asr_fp16=asr_fp16,
         mined_with=mined_with,
     )
-    out = Path(out)
+    out, device = Path(out), str(chosen_device(device))
     anchors = [read_anchor(*one, config) for one in (("floor", floor), ("ceiling", ceiling))]
     with _joined(out) as locks:
         with locks.held(1):

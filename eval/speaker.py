@@ -90,9 +90,9 @@ def load_encoder(spec: str, device: str | None = None) -> SpeakerEncoder:
 
     Raises FileNotFoundError for a folder of neither kind, ValueError for a model of another class.
     """
-    import torch
+    from higgs_lab.device import chosen_device
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(chosen_device(device))
     folder, _ = _resolve(spec)
     if (folder / "hyperparams.yaml").is_file():
         return _load_ecapa(folder, spec, device)

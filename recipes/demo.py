@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             make_recordings(out / "recordings", train, test, args.tests)
         note.write_text(made_of, encoding="utf-8")
 
-    if args.data and args.asr == "nano":
+    deaf = bool(args.data) and args.asr == "nano"
+    if deaf:
         print(
             "note: the nano recogniser knows the sentences it was made for and little else, so on "
             "your recordings its word errors say next to nothing, a human's included; a Whisper "
@@ -104,15 +105,17 @@ def main(argv: list[str] | None = None) -> None:
         f"  evaluation      {folders['before']}/report.html and {folders['after']}/report.html\n"
         f"  side by side    {page}, all spoken at temperature {args.temperature}\n"
         f"  for the server  {export}: python -m serve.launch {export} --device cpu\n\n"
-        f"{achieved(differences, Path(folders['after'], 'summary.json'))}; hear both in {page}"
+        f"{achieved(differences, Path(folders['after'], 'summary.json'), deaf)}; "
+        f"hear both in {page}"
     )
 
 
-def achieved(differences: Path, summary: Path) -> str:
+def achieved(differences: Path, summary: Path, deaf: bool = False) -> str:
     """In one line: is the fine-tuned voice nearer to the speaker, and what did it cost in words?
 
     differences: the JSON of eval.compare, in which A is the base, B the fine-tuned voice and D the
-    recordings; summary: B's, which says what its errors are counted in.
+    recordings; summary: B's, which says what its errors are counted in. deaf: the recogniser does
+    not understand the recordings, so its errors are left out.
     """
     compared = json.loads(differences.read_text(encoding="utf-8"))["comparisons"]
     metrics = {one["name"]: one["metrics"] for one in compared}
@@ -126,10 +129,14 @@ def achieved(differences: Path, summary: Path) -> str:
             "B is worse": "The fine-tuned voice is farther from the speaker than the base",
         }.get(verdict, f"It is not shown that fine-tuning made the voice nearer ({verdict})")
         line += f": similarity {_change(metrics, 'sim_target', '{:.2f}')}"
-    if error is not None:
+    if deaf:
+        line += ", words not judged (--asr base)"
+    elif error is not None:
         unit = json.loads(summary.read_text(encoding="utf-8"))["overall"]["unit"]
         name = {"word": "WER", "char": "CER"}.get(unit, "errors")
-        line += f", {name} {_change(metrics, 'error', '{:.1f} %', 100)}"
+        said = {"B is better": "better", "B is worse": "worse"}
+        verdict = said.get(error["overall"]["verdict"], error["overall"]["verdict"])
+        line += f", {name} {_change(metrics, 'error', '{:.1f} %', 100)}: {verdict}"
     return line
 
 

@@ -117,11 +117,11 @@ def test_other_recordings_are_not_taken_for_those_already_there(tmp_path, monkey
         (
             NEARER,
             "The fine-tuned voice is nearer to the speaker than the base: similarity 0.59 -> 0.67 "
-            "(recordings 0.95), WER 0.0 % -> 2.0 % (recordings 0.0 %); hear both in ",
+            "(recordings 0.95), WER 0.0 % -> 2.0 % (recordings 0.0 %): worse; hear both in ",
         ),
         (NEARER | {"verdict": "B is worse"}, "is farther from the speaker than the base: "),
         (NEARER | {"verdict": "too few texts"}, "not shown that fine-tuning made the voice "),
-        (None, "could not be measured, WER 0.0 % -> 2.0 % (recordings 0.0 %); hear both in "),
+        (None, "could not be measured, WER 0.0 % -> 2.0 % (recordings 0.0 %): worse; hear both "),
     ],
     ids=["nearer", "farther", "not shown", "no speaker"],
 )
@@ -129,10 +129,19 @@ def test_the_last_line_says_what_was_achieved_and_where_to_hear_it(
     tmp_path, monkeypatch, capsys, nearer, said
 ):
     monkeypatch.setattr(demo, "run", lambda command: judged(command, nearer))
-    main(["--data", source(tmp_path, {"a": 6}), "--out", str(tmp_path / "out")])
+    out = ["--out", str(tmp_path / "out")]
+    main(["--data", source(tmp_path, {"a": 6}), "--asr", "base", *out])
     last = capsys.readouterr().out.splitlines()[-1]
     assert said in last
     assert last.endswith(str(tmp_path / "out" / "eval" / "before_after.html"))
+
+
+def test_words_that_the_recogniser_does_not_know_are_not_counted(tmp_path, monkeypatch, capsys):
+    """nano's knows the sentences it was made for, not the user's."""
+    monkeypatch.setattr(demo, "run", judged)
+    main(["--data", source(tmp_path, {"a": 6}), "--out", str(tmp_path / "out")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "WER" not in last and "(recordings 0.95), words not judged (--asr base); hear" in last
 
 
 def test_the_demo_makes_the_same_recordings_again(tmp_path):

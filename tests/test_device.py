@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from eval import run
+from eval.asr import load_recognizer
+from eval.sets import load_set
+from eval.speaker import load_encoder
+from eval.systems import open_system
 from higgs_lab.device import chosen_device
 from higgs_lab.precision import check_precision
 
@@ -58,3 +63,45 @@ def test_what_only_cuda_computes_in_good_time(device, on):
             check_precision(precision, torch.device(device))
         check_precision(precision, torch.device("cuda"))
     check_precision("bf16", torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("load", "spec"),
+    [(load_recognizer, "nano"), (load_recognizer, "mms:any"), (load_encoder, "nano")],
+    ids=["whisper", "mms", "voices"],
+)
+def test_a_judge_asks_for_its_device(four_gpus, nano, load, spec):
+    with pytest.raises(ValueError, match="device=cuda:4: torch sees 4 CUDA GPUs"):
+        load(spec, device="cuda:4")
+
+
+@pytest.fixture
+def one_text(tmp_path):
+    (tmp_path / "set.jsonl").write_text('{"text": "One.", "language": "en", "id": "a"}\n')
+    return tmp_path / "set.jsonl"
+
+
+def test_an_evaluation_refuses_what_is_no_device_before_it_begins(one_text, tmp_path):
+    command = ["--model", "espeak", "--set", str(one_text), "--asr", "none", "--speaker", "none"]
+    with pytest.raises(SystemExit, match="eval.run: device=gpu: choose cpu, cuda"):
+        run.main([*command, "--device", "gpu", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_of_an_evaluation_judges_on_its_own_gpu(
+    four_gpus, one_text, tmp_path, monkeypatch
+):
+    """`evaluate` from Python, under a launcher: every process would take the first GPU."""
+
+    class Told(Exception):
+        pass
+
+    def told(folder, stage, who, device):
+        raise Told(device)
+
+    monkeypatch.setattr(run, "Pace", told)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    system, test_set = open_system("espeak"), load_set(str(one_text))
+    with pytest.raises(Told, match="cuda:3"):
+        run.evaluate(system, test_set, tmp_path / "out", asr="none", speaker="none")

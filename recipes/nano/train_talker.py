@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from higgs_lab.attention import attention_kind, heads_of
 from higgs_lab.batches import Batch
+from higgs_lab.device import chosen_device
 from higgs_lab.fused import fuse
 from higgs_lab.loss import LossSums, Targets
 from higgs_lab.nano import build
@@ -88,9 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = chosen_device(args.device)
+    if device.index is not None:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
