@@ -179,15 +179,18 @@ class Codec:
         def alone(i: int) -> Tensor:
             return self._encode_batch(batch[i : i + 1], lengths[i : i + 1], precision, 1)
 
-        shape = (precision, *batch.shape, min(lengths) == batch.shape[1])
-        agrees = self._agrees.get(shape, None if self._planned(1) and len(batch) > 1 else True)
+        unknown = None if self._planned(1) and len(batch) > 1 else True
+        while True:
+            shape = (precision, *batch.shape, min(lengths) == batch.shape[1])
+            agrees = self._agrees.get(shape, unknown)
+            made = None if agrees is False else self._encode(batch, lengths, precision)
+            if made is not None or agrees is False:
+                break
+            precision = "tf32"
+        if agrees:
+            return made
         found: dict[int, Tensor] = {}
-        if agrees is not False:
-            made = self._encode(batch, lengths, precision)
-            if made is None:
-                return self._encode_batch(batch, lengths, "tf32", count)
-            if agrees:
-                return made
+        if made is not None:
             found = {i: alone(i) for i in sorted({0, count // 2, count - 1})}
             frames = semantic_frames(self.model, lengths)
             same = min((made[i, : frames[i]] == row[0, : frames[i]]).float().mean()

@@ -76,8 +76,8 @@ class Bench:
     def share(self, rows: list[tuple[str, Callable[[], dict]]]) -> None:
         """These rows in turn, each measured for its share of the time left, --row-sec at most.
 
-        None is begun for which there is too little time, going by `least_sec` of the last row whose
-        name begins with the same word; at the end such rows are named.
+        None is begun for which there is too little time, going by the last row whose name begins
+        with the same word: what it took but for its `spare_sec`. At the end such rows are named.
         """
         rows, least, late = [row for row in rows if self.wanted(row[0])], {}, []
         for place, (name, measure) in enumerate(rows):
@@ -87,8 +87,10 @@ class Bench:
                 self._add(name, {}, f"left out: {max(0.0, left):.0f} s left")
                 continue
             self.row_sec = min(self.args.row_sec, left / (len(rows) - place))
+            begun = time.monotonic()
             found = self.row(name, measure) or {}
-            least[kind] = found.get("least_sec", least.get(kind, 0.0))
+            if "spare_sec" in found:
+                least[kind] = time.monotonic() - begun - found["spare_sec"]
         if late:
             print(
                 f"{len(late)} of {len(rows)} rows left out, --seconds {self.args.seconds:g} are "
@@ -195,7 +197,7 @@ def timed(step: Callable[[int], float], row_sec: float, warm: int = 5, least: in
     """Call step(i), which returns how much it did, for at least row_sec and `least` times.
 
     Gives per_sec; per_cpu_sec, of all threads, which says more where others use the machine; steps;
-    and first_sec: the first call, with all compiling.
+    spare_sec, of the steps beyond `least`; and first_sec: the first call, with all compiling.
     """
     begun = time.monotonic()
     step(0)
@@ -214,7 +216,8 @@ def timed(step: Callable[[int], float], row_sec: float, warm: int = 5, least: in
     seconds = time.monotonic() - begun
     worked = time.process_time() - worked
     rates = {"per_sec": done / seconds, "per_cpu_sec": done / worked}
-    return rates | {"steps": i - warm, "first_sec": first}
+    spare = seconds * (1 - least / (i - warm))
+    return rates | {"steps": i - warm, "spare_sec": spare, "first_sec": first}
 
 
 def synchronize() -> None:

@@ -105,7 +105,7 @@ def test_few_seconds_are_shared_and_rows_they_do_not_reach_for_are_named(
         def measure() -> dict:
             shares[name] = made.row_sec
             clock[0] += takes
-            return {"speed": 1.0, "least_sec": least}
+            return {"speed": 1.0, "spare_sec": takes - least}
 
         return name, measure
 
@@ -123,3 +123,23 @@ def test_timing_counts_no_warm_up():
     calls = []
     found = timed(lambda i: calls.append(i) or 5.0, row_sec=0, warm=2, least=3)
     assert calls == [0, 1, 2, 3, 4] and found["steps"] == 3 and found["per_sec"] > 0
+
+
+def test_what_a_row_takes_at_least_is_known_from_what_it_could_have_spared(
+    nano, tmp_path, monkeypatch
+):
+    """Of a codec's row: a pass of 2 s first, then 5 s of passes where one would have done."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def call(items: list) -> list:
+        clock[0] += len(items)
+        return items
+
+    made = bench(tmp_path)
+    made.row_sec = 5.0
+    for single in (False, True):
+        clock[0] = 0.0
+        found, cells = bench_codec.measured(made, call, ["a", "b"], 20.0, single)
+        assert found == ["a", "b"] and cells["audio-s/s"] == pytest.approx(10.0)
+        assert clock[0] == 8 and cells["spare_sec"] == pytest.approx(4.0)

@@ -58,8 +58,9 @@ def test_a_batch_that_a_gpu_computes_wrongly_is_encoded_one_by_one(codec, wavs, 
     """As cuDNN did of 16 clips of 3 s on a H100: 93 % of their codes were of other sounds."""
     alone = [codec.encode(wav) for wav in wavs]
     calls = spoil(codec, monkeypatch, lambda codes, _: codes.add_(int(len(codes) == 8)))
-    with pytest.warns(UserWarning, match="8 clips of 72000 samples are wrong together"):
+    with pytest.warns(UserWarning, match="8 clips of 72000 samples are wrong together") as told:
         made = codec.encode_batch(wavs, ragged=True)
+    assert told[0].filename == __file__
     assert agreement(made, alone) >= 0.999
     made = codec.encode_batch(wavs, ragged=True)  # known by now, without another warning
     assert agreement(made, alone) >= 0.999
@@ -90,6 +91,13 @@ def test_what_no_clip_has_is_not_compared(codec, monkeypatch):
         warnings.simplefilter("error")
         codec.encode_batch([voice_like(1 + i / 40, seed=i) for i in range(17)], ragged=True)
     assert calls == [(18, "fp32"), *[(1, "fp32")] * 3]
+
+
+def test_what_no_clip_has_is_not_encoded_alone(codec, monkeypatch):
+    calls = spoil(codec, monkeypatch, rows(0))
+    with pytest.warns(UserWarning, match="17 clips of .* are wrong together"):
+        codec.encode_batch([voice_like(1 + i / 40, seed=i) for i in range(17)], ragged=True)
+    assert calls == [(18, "fp32"), *[(1, "fp32")] * 17]
 
 
 @pytest.mark.parametrize(("changed", "wrong"), [(0.3, False), (0.7, True)])
@@ -138,11 +146,12 @@ def test_acoustic_shapes_are_one_for_a_shape_of_wavs(codec, monkeypatch):
 def test_what_leaves_the_range_of_fp16_is_compared_in_tf32(codec, monkeypatch):
     codec.model.acoustic_encoder.conv1.weight.mul_(1e7)
     calls = spoil(codec, monkeypatch, rows(0))
-    with pytest.warns(UserWarning, match="codes alone, tf32"):
+    with pytest.warns(UserWarning, match="codes alone, tf32") as told:
         made = codec.encode_batch(
             [voice_like(1.2, seed=i) for i in (0, 1)], precision="fp16", ragged=True
         )
     assert calls == [(2, "fp16"), (2, "tf32"), (1, "tf32"), (1, "tf32")]
+    assert told[0].filename == __file__
     assert (
         agreement(
             made,
