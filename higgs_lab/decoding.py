@@ -145,9 +145,16 @@ class Decoder:
                 part.append(waiting.popleft())
             taken, free = free[: len(part)], free[len(part) :]
             self._reserve(max(len(r.prompt) for r in part) + steps + 1, graphs)
-            self.slots.admit(taken, part, compile)
+            holders = {one.request.reference: slot for slot, one in busy.items()}
+            sources: dict[int, int] = {}
+            first, second = [], []  # what a pass fills, only the next one can read
             for slot, request in zip(taken, part, strict=True):
                 busy[slot] = Running(request, request.rows)
+                if request.shared and holders.setdefault(request.reference, slot) != slot:
+                    sources[slot] = holders[request.reference]
+                (second if sources.get(slot) in taken else first).append(slot)
+            for slots in filter(None, (first, second)):
+                self.slots.admit(slots, [busy[s].request for s in slots], compile, sources)
 
     def _reserve(self, length: int, graphs: bool) -> None:
         slots = self.slots

@@ -199,15 +199,19 @@ class Engine:
         return out.reshape(B, -1)
 
     def prefill(
-        self, x: Tensor, slot: Tensor, position: Tensor, documents: Documents,
+        self, x: Tensor, mine: Tensor, whole: Tensor | None, documents: Documents,
         cache: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], compile: bool,
     ) -> None:  # fmt: skip
         """Fill caches from documents packed end to end: x [N, D], overwritten.
 
-        slot, position: [N] where keys and values go. What follows the last block's keys and
-        values is left out, for nobody reads it. compile: for any N, caches of several slots.
-        Nothing here waits for the device.
+        mine: [3, N] where x's keys and values go, slot and position, and where x stands among the
+        documents. whole: [3, S] of all positions of the documents, where x is not all there is: the
+        slot that holds their keys and values, in the end, those before x's included; the slot that
+        they are for; and the position. What follows the last block's keys and values is left out,
+        for nobody reads it. compile: for any N, caches of several slots. Nothing here waits for
+        the device.
         """
+        slot, position, at = mine
         cos, sin = rope[0][position, None], rope[1][position, None]
         project, between = self.packed_project, self.feed_forward
         if compile and len(x) > 1:
@@ -215,8 +219,17 @@ class Engine:
             self.any_batch(len(x), x, cos, sin, slot, position)
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, cache, strict=True)):
             q, k, v = project(x, layer, cos, sin, keys, values, slot, position)
-            if i + 1 < len(self.layers):
-                self.finish(x, documents.attend(q, k, v).flatten(1), layer, between)
+            if whole is not None:
+                source, target, place = whole
+                k, v = keys[source, :, place], values[source, :, place]
+                keys[target, :, place], values[target, :, place] = k, v
+            if i + 1 == len(self.layers):
+                return
+            if whole is not None:  # queries that nobody asks for stand beside copied keys
+                q = q.new_zeros(len(k), *q.shape[1:]).index_copy_(0, at, q)
+            attended = documents.attend(q, k, v).flatten(1)
+            attended = attended if whole is None else attended[at]
+            self.finish(x, attended, layer, between)
 
     def compiled(self, function: Callable, batch: int) -> Callable:
         """A function compiled for one request, or for any number of them.

@@ -7,16 +7,16 @@ of a prompt goes through the step like any row, so there is one place where rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from higgs_lab.attention import Documents, attention_kind, bound_of
 from higgs_lab.engine import Engine
+from higgs_lab.prefill import Passes
 from higgs_lab.prompt import Prompt
 from higgs_lab.sampling import (
     RampState,
@@ -27,10 +27,6 @@ from higgs_lab.sampling import (
     next_row,
 )
 
-# positions of a recorded pass over prompts; the host keeps up with longer ones
-PASSES = (64, 128, 192, 256, 384, 512, 768, *range(1024, 2048, 256), *range(2048, 4097, 512))
-PASS_PROMPTS = 32  # of a recorded pass, at most
-
 
 @dataclass
 class Request:
@@ -40,6 +36,8 @@ class Request:
     prompt: Prompt
     sampling: Sampling
     rows: int  # at most
+    shared: int = 0  # positions of its reference, which other requests may have, too
+    reference: bytes = b""  # equal where what stands there is
 
     @property
     def positions(self) -> int:
@@ -70,20 +68,7 @@ class Slots:
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        heads = (engine.heads, engine.kv_heads, engine.head_dim)
-        self.attention = attention_kind("auto", device, engine.dtype, heads, gradients=False)
-        # a pass of any kind else waits for its ends
-        self.records_passes = self.attention in ("triton", "varlen")
-        self.passes: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.packed = tuple(
-            torch.zeros(*shape, dtype=dtype, device=device)
-            for shape, dtype in [
-                ((PASSES[-1], engine.table.shape[1]), engine.dtype),
-                ((PASSES[-1],), torch.long),  # slots
-                ((PASSES[-1],), torch.long),  # positions
-                ((PASS_PROMPTS + 2,), torch.int32),  # where prompts begin, and where all end
-            ]
-        )
+        self.passes = Passes(engine)
         # One for all recordings: cuBLAS keeps a workspace for every stream that it has seen. They
         # keep its priority: the small kernels of a step go before the codec's large ones.
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -96,7 +81,7 @@ class Slots:
         engine = self.engine
         shape = (self.size, engine.kv_heads, length, engine.head_dim)
         self.graphs.clear()  # they know the old addresses
-        self.passes.clear()
+        self.passes.recorded.clear()
         # a pool whose last graph is gone may not be recorded into again
         self.pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
         for i in range(len(engine.layers)):
@@ -145,71 +130,37 @@ class Slots:
         """[size] rows until a slot's end by EOC; -1: none in sight, 0: it is over."""
         return self.state.countdown[:size].masked_fill(~self.active[:size], 0)
 
-    def admit(self, slots: list[int], requests: list[Request], compile: bool = False) -> None:
+    def admit(
+        self,
+        slots: list[int],
+        requests: list[Request],
+        compile: bool = False,
+        sources: Mapping[int, int] | None = None,
+    ) -> None:
         """Put requests into free slots: their prompts into the cache, their settings beside it.
 
-        It queues work and waits for none, so that the device steps on while the host is here.
+        sources: by slot, another that holds the same reference, admitted before. It queues work
+        and waits for none, so that the device steps on while the host is here.
         """
         engine, prompts = self.engine, [r.prompt for r in requests]
+        sources = [(sources or {}).get(slot, slot) for slot in slots]
+        copied = [
+            0 if source == slot else r.shared
+            for slot, source, r in zip(slots, sources, requests, strict=True)
+        ]
         # all but the last positions end to end, then the last ones, which go through the step
-        parts = [(p, part) for part in (slice(-1), slice(-1, None)) for p in prompts]
+        parts = [(p, slice(n, -1)) for p, n in zip(prompts, copied, strict=True)]
+        parts += [(p, slice(-1, None)) for p in prompts]
         packed = (
             engine.send(torch.cat([getattr(p, name)[part] for p, part in parts]))
             for name in ("ids", "is_audio", "rows")
         )
         x = engine.embed(*packed)
-        lengths = [len(p) - 1 for p in prompts]
+        lengths = [len(p) - 1 - n for p, n in zip(prompts, copied, strict=True)]
         body, last = x.split([sum(lengths), len(prompts)])
         self._write(engine.send(slots), requests, last)
         if len(body):
-            self._fill(body, lengths, slots, compile)
-
-    def _fill(self, x: Tensor, lengths: list[int], slots: list[int], compile: bool) -> None:
-        """The caches of slots from prompts of such lengths, packed end to end: x [N, D]."""
-        engine = self.engine
-        # numpy's, for torch's threads wait for each other over so little
-        ends = np.cumsum([0, *lengths])
-        slot = np.repeat(slots, lengths)
-        position = np.arange(len(x)) - np.repeat(ends[:-1], lengths)
-        room = next((n for n in PASSES if n >= len(x)), None)
-        if self.records_passes and room is not None and len(lengths) <= PASS_PROMPTS:
-            # What fills it up is a document, too. Its keys and values go where a prompt's last
-            # position stands, whose own come with the first step.
-            rest = room - len(x)
-            slot = np.append(slot, np.full(rest, slots[0]))
-            position = np.append(position, np.full(rest, lengths[0]))
-            ends = np.append(ends, np.full(PASS_PROMPTS + 2 - len(ends), room))
-            rows = F.pad(x, (0, 0, 0, rest))
-            for buffer, values in zip(self.packed, (rows, slot, position, ends), strict=True):
-                values = values if isinstance(values, Tensor) else engine.send(values)
-                buffer[: len(values)] = values
-            # which own kernels need not know
-            longest = room if self.attention == "triton" else bound_of(max(*lengths, rest))
-            self._replay_pass(room, longest, compile)
-            return
-        ends = torch.as_tensor(ends, dtype=torch.int32)
-        if self.attention != "split":  # which reads them on the host
-            ends = engine.send(ends)
-        documents = Documents.of(self.attention, ends, max(lengths), len(x))
-        slot, position = engine.send(slot), engine.send(position)
-        engine.prefill(x, slot, position, documents, self.cache, self.rope, compile)
-
-    def _pass(self, room: int, longest: int, compile: bool) -> None:
-        """A pass over what lies in `packed`: so many positions, documents of at most `longest`."""
-        *parts, ends = self.packed
-        x, slot, position = (part[:room] for part in parts)
-        documents = Documents.of(self.attention, ends, longest, room)
-        self.engine.prefill(x, slot, position, documents, self.cache, self.rope, compile)
-
-    def _replay_pass(self, *key) -> None:
-        """`_pass`, the first time as it is, which loads its kernels, then as a CUDA graph."""
-        if key not in self.passes:
-            self.passes[key] = None
-            self._pass(*key)
-            return
-        if self.passes[key] is None:
-            self.passes[key] = self._capture(self._pass, key)
-        self.passes[key].replay()
+            self.passes.fill(self, body, slots, lengths, sources, copied, compile)
 
     def _write(self, index: Tensor, requests: list[Request], fed: Tensor) -> None:
         engine, state, settings = self.engine, self.state, [r.sampling for r in requests]
@@ -324,9 +275,10 @@ class Slots:
                     for tensor, value in zip(self.small(), saved, strict=True):
                         tensor.copy_(value)
             torch.cuda.current_stream().wait_stream(side)
-        return self._capture(self.step_once, key)
+        return self.capture(self.step_once, key)
 
-    def _capture(self, function: Callable, arguments: tuple) -> torch.cuda.CUDAGraph:
+    def capture(self, function: Callable, arguments: tuple) -> torch.cuda.CUDAGraph:
+        """A recording of function(*arguments), which is not run."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: a codec in another thread may allocate meanwhile
         options = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
@@ -374,5 +326,22 @@ def take_row(
 def requests_of(
     prompts: Sequence[Prompt], settings: Sequence[Sampling], num_codebooks: int
 ) -> list[Request]:
-    pairs = enumerate(zip(prompts, settings, strict=True))
-    return [Request(i, p, s, max_rows(s, num_codebooks)) for i, (p, s) in pairs]
+    return [
+        Request(i, prompt, sampling, max_rows(sampling, num_codebooks), *reference_of(prompt))
+        for i, (prompt, sampling) in enumerate(zip(prompts, settings, strict=True))
+    ]
+
+
+def reference_of(prompt: Prompt) -> tuple[int, bytes]:
+    """Positions up to the last row of a prompt's reference, and a hash of what stands there.
+
+    Of a prompt something is left to a pass, and its last position to the step.
+    """
+    audio = prompt.is_audio[:-2].nonzero()
+    if not len(audio):
+        return 0, b""
+    count = int(audio[-1]) + 1
+    held = hashlib.sha256()
+    for part in (prompt.is_audio, prompt.ids.masked_fill(prompt.is_audio, 0), prompt.rows):
+        held.update(part[:count].cpu().numpy().tobytes())
+    return count, held.digest()

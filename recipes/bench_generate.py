@@ -8,6 +8,8 @@ are ragged: texts have 4 to 29 words, half of them a reference of 3 to 10 s, tak
 most (random weights end where their cap says, nano where it has said its text). The 4B shape is
 given nano's tokens, a byte each, where the released tokenizer has one for each of these words: its
 texts are as many bytes as they would be words, so that prompts are as long as they would be.
+"of one voice" is what a cloned voice says: all texts have the same reference of 10 s, which is
+computed once; "of a voice each": as long ones that are each text's own.
 "to wav" has the codec decode and write files meanwhile. "first s" is, with all compiling, the wait
 for the first frame of one request, for the first take of many, and for as many files as two batches
 give.
@@ -60,6 +62,9 @@ def main(argv: list[str] | None = None) -> Bench:
         for option in [False, True] if compiled else [False]:
             name = f"ours, {n} rows" + ("" if option or not compiled else ", not compiled")
             bench.row(name, partial(many, bench, talker, n, option))
+        for voices, name in [(None, "a voice each"), (1, "one voice")]:
+            row = partial(many, bench, talker, n, compiled, voices or 2 * n)
+            bench.row(f"ours, {n} rows of {name}", row)
     codec = cache(partial(make_codec, bench))
     for n in batches:
         name = f"ours, {n} rows to wav"
@@ -71,16 +76,22 @@ def main(argv: list[str] | None = None) -> Bench:
     return bench
 
 
-def prompts(bench: Bench, count: int, seed: int = 0) -> tuple[list[Prompt], list[Sampling]]:
+def prompts(
+    bench: Bench, count: int, seed: int = 0, voices: int = 0
+) -> tuple[list[Prompt], list[Sampling]]:
+    """voices: each prompt has one of so many references of 10 s; 0: half have one of their own."""
     rng = np.random.default_rng(seed)
     found, settings = [], []
+    known = [torch.from_numpy(rng.integers(0, 1024, (250, 8))) for _ in range(voices)]
     for i in range(count):
         words = rng.choice(WORDS, int(rng.integers(4, 30)))
         text = " ".join(words).capitalize() + "."
         if bench.size != "nano":
             text = "x" * (len(words) + 1)
         ref = None
-        if i % 2:
+        if voices:
+            ref = known[i % voices]
+        elif i % 2:
             ref = torch.from_numpy(rng.integers(0, 1024, (int(rng.integers(75, 250)), 8)))
         found.append(render_prompt(bench.vocab, text, ref))
         settings.append(Sampling(seed=i, max_frames=int(rng.integers(50, 250))))
@@ -108,8 +119,8 @@ def single(bench: Bench, talker, compile: bool) -> dict:
     return _timed(bench, first, lambda: generate(talker, made, setting, compile=compile))
 
 
-def many(bench: Bench, talker, rows: int, compile: bool) -> dict:
-    made, settings = prompts(bench, 2 * rows)
+def many(bench: Bench, talker, rows: int, compile: bool, voices: int = 0) -> dict:
+    made, settings = prompts(bench, 2 * rows, voices=voices)
     options = dict(max_batch=rows, compile=compile)
     begun = time.monotonic()
     next(iter(generate_each(talker, made, settings, **options)))

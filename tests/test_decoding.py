@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from higgs_lab import decoding, slots
+from higgs_lab import decoding, prefill
 from higgs_lab import generate as generating
 from higgs_lab.adapter import attach_lora
 from higgs_lab.decoding import Decoder
@@ -17,7 +17,7 @@ from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_each, generate_naive
 from higgs_lab.prompt import render_prompt
 from higgs_lab.sampling import RampState, SamplingTensors, next_row
-from higgs_lab.slots import requests_of
+from higgs_lab.slots import reference_of, requests_of
 from higgs_lab.vocab import EOC
 from tests.tiny import random_codes, run_one, three_prompts, tiny_talker, tiny_vocab
 
@@ -215,24 +215,112 @@ def test_short_passes_over_prompts_are_filled_up_for_recording(talker, slow, mon
     """All that a GPU does but the recording itself: what fills a pass up changes nothing."""
     rooms, bounds = [], []
 
-    def replay(self, room, longest, compile):
+    def replay(self, slots, room, span, longest, copies, compile):
         rooms.append(room)
         bounds.append(longest)
-        assert longest - 16 < self.packed[-1].diff().max() <= longest
-        self._pass(room, longest, compile)
+        assert span == room and not copies
+        assert longest - 16 < self.ends.diff().max() <= longest
+        self._pass(slots, room, span, longest, copies, compile)
 
-    monkeypatch.setattr(decoding.Slots, "_replay_pass", replay)
-    monkeypatch.setattr(slots, "PASSES", (16, 48, 128))
-    monkeypatch.setattr(slots, "PASS_PROMPTS", 3)
-    monkeypatch.setattr(slots, "bound_of", lambda n: -(-n // 16) * 16)
+    record_passes(monkeypatch, replay)
     decoder = Decoder(Engine(talker))
     requests = requests_of(*ragged(9), 8)
     with torch.no_grad():
         for limit in (1, 2, 5):  # five at once are too many to be recorded
-            decoder._slots(requests, limit, 4, False, True).records_passes = True
+            decoder._slots(requests, limit, 4, False, True).passes.records = True
             made = dict(decoder.run(requests, limit, graphs=None))
             assert all(same(made[i], slow[i]) for i in range(9))
     assert {16, 48} <= set(rooms) and len(rooms) > 9 and len(set(bounds)) > 1
+
+
+def record_passes(monkeypatch, replay) -> None:
+    """Few short lengths, and replay in place of recorded passes."""
+    monkeypatch.setattr(prefill.Passes, "_replay", replay)
+    monkeypatch.setattr(prefill, "PASSES", (16, 48, 128))
+    monkeypatch.setattr(prefill, "WHOLES", (64, 128))
+    monkeypatch.setattr(prefill, "PASS_PROMPTS", 3)
+    monkeypatch.setattr(prefill, "bound_of", lambda n: -(-n // 16) * 16)
+
+
+def voices(count: int) -> tuple[list, list[Sampling]]:
+    """`ragged` settings; prompts of two voices in turn, one with its words, and of none.
+
+    Both are 12 frames long. All tensors are each prompt's own.
+    """
+    vocab, prompts = tiny_vocab(), []
+    for i in range(count):
+        text = "word " * (1 + i % 4)
+        if i % 5 == 4:
+            prompts.append(render_prompt(vocab, text))
+        else:
+            said = "what was said" if i % 2 else None
+            prompts.append(render_prompt(vocab, text, random_codes(12, i % 2), said))
+    return prompts, ragged(count)[1]
+
+
+@pytest.fixture(scope="module")
+def slow_voices(talker):
+    return [generate_naive(talker, p, s, True) for p, s in zip(*voices(12), strict=True)]
+
+
+def computed(monkeypatch) -> list[int]:
+    """Positions of each pass from now on."""
+    passes, run = [], Engine.prefill
+    monkeypatch.setattr(
+        Engine, "prefill", lambda self, x, *a: passes.append(len(x)) or run(self, x, *a)
+    )
+    return passes
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_reference_is_computed_once_while_its_voice_speaks(
+    talker, slow_voices, monkeypatch, max_batch, recorded
+):
+    passes, spans = computed(monkeypatch), []
+
+    def replay(self, slots, room, span, longest, copies, compile):
+        assert copies or span == room
+        assert longest - 16 < self.ends.diff().max() <= longest
+        spans.append((span, copies))
+        self._pass(slots, room, span, longest, copies, compile)
+
+    record_passes(monkeypatch, replay)
+    decoder, requests = Decoder(Engine(talker)), requests_of(*voices(12), 8)
+    with torch.no_grad():
+        decoder._slots(requests, max_batch, 4, True, True).passes.records = recorded
+        made = dict(decoder.run(requests, max_batch, log_probs=True, graphs=None))
+    for i, wanted in enumerate(slow_voices):
+        assert same(made[i], wanted)
+        torch.testing.assert_close(made[i].log_probs, wanted.log_probs, atol=2e-4, rtol=1e-4)
+    every = sum(len(r.prompt) - 1 for r in requests)
+    held = {r.reference: r.shared for r in requests if r.shared}
+    assert len(held) == 2 and min(held.values()) == 2 + 12 + 7
+    repeated = sum(r.shared for r in requests) - sum(held.values())
+    if recorded:
+        assert any(copies for _, copies in spans) == (1 < max_batch < 64)
+    elif max_batch == 1:
+        assert sum(passes) == every  # its slot is the next one's
+    elif max_batch >= 5:
+        assert sum(passes) == every - repeated
+    else:
+        assert every - repeated <= sum(passes) < every
+
+
+def test_references_are_shared_by_what_stands_in_them():
+    """Not by their length, and whoever holds the tensors; without one there is nothing to share."""
+    vocab, codes = tiny_vocab(), random_codes(5, 0)
+    prompts = [
+        render_prompt(vocab, "one", codes),
+        render_prompt(vocab, "another text", codes.clone()),
+        render_prompt(vocab, "one", random_codes(5, 1)),
+        render_prompt(vocab, "one", codes, "said"),
+        render_prompt(vocab, "one"),
+    ]
+    prompts[1].ids = prompts[1].ids.masked_fill(prompts[1].is_audio, 7)  # which nobody reads
+    (a, b, c, d, none) = map(reference_of, prompts)
+    assert a == b and len({a, c, d}) == 3 and none == (0, b"")
+    assert a[0] == 2 + 5 + 7 and d[0] > a[0]
 
 
 def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypatch):

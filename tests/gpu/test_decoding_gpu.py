@@ -9,7 +9,7 @@ from higgs_lab.decoding import Decoder, Running
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_naive
 from higgs_lab.slots import Slots, requests_of
-from tests.test_decoding import assert_near, ragged, same
+from tests.test_decoding import assert_near, ragged, same, voices
 from tests.tiny import tiny_talker
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,14 +46,15 @@ def test_a_cache_that_grows_is_recorded_anew(monkeypatch):
 def test_prompts_are_let_in_and_results_taken_without_waiting_for_the_gpu(compile):
     """Its steps go on meanwhile: nothing may wait, such as a copy of memory that is not pinned."""
     engine = Engine(tiny_talker().to(DEVICE, torch.bfloat16))
-    slots, requests = Slots(engine, 4, 256, 32, False), requests_of(*ragged(3), 8)
+    slots, requests = Slots(engine, 4, 256, 32, False), requests_of(*voices(3), 8)
     decoder = Decoder(engine)
     decoder.slots = slots
     try:
         for mode in ("default", "error"):  # at first kernels are tried and compiled
             torch.cuda.set_sync_debug_mode(mode)
             with torch.no_grad():
-                slots.admit([0, 2, 3], requests, compile)
+                slots.admit([0, 2], requests[:2], compile)
+                slots.admit([3], requests[2:], compile, {3: 0})
                 slots.move([3], [1])
                 busy = {
                     slot: Running(request, 5)
@@ -71,21 +72,30 @@ def test_prompts_are_let_in_and_results_taken_without_waiting_for_the_gpu(compil
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU records nothing")
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize(("which", "limit"), [(range(6), 2), ((*range(20), 400, 499), 22)])
-def test_recorded_passes_over_prompts_give_the_same(which, limit, compile):
-    """Of few short prompts; of many, two of which have 1,200 and 1,500 frames of reference."""
+@pytest.mark.parametrize(
+    ("make", "which", "limit"),
+    [
+        (ragged, range(6), 2),
+        (ragged, (*range(20), 400, 499), 22),
+        (voices, range(12), 3),
+        (voices, range(90), 40),
+    ],
+)
+def test_recorded_passes_over_prompts_give_the_same(make, which, limit, compile):
+    """Of few short prompts; of many, two of which have 1,200 and 1,500 frames of reference; of some
+    and of many that share references."""
     talker = tiny_talker(scale=6).to(DEVICE).half()
-    prompts, _ = ragged(max(which) + 1)
+    prompts, _ = make(max(which) + 1)
     prompts = [prompts[i] for i in which]
     settings = [Sampling(temperature=0.0, max_frames=20)] * len(prompts)
     requests = requests_of(prompts, settings, 8)
     decoder, found = Decoder(Engine(talker)), []
     with torch.no_grad():
         for recorded in (False, True, True, True):
-            decoder._slots(requests, limit, 4, True, True).records_passes = recorded
+            decoder._slots(requests, limit, 4, True, True).passes.records = recorded
             made = dict(decoder.run(requests, limit, log_probs=True, compile=compile))
             found.append([made[i] for i in range(len(prompts))])
-    assert any(graph is not None for graph in decoder.slots.passes.values())
+    assert any(graph is not None for graph in decoder.slots.passes.recorded.values())
     for again in found[1:]:
         assert_near(again, found[0], atol=0.02)
 
