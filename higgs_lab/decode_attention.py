@@ -46,6 +46,7 @@ def decode_attention(
     splits: int | None = None,
     dependent: bool = False,
     early: bool = False,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, d] over the first `lengths` [B] positions of caches [B, H_kv, C, d] -> [B, H, d].
 
@@ -54,6 +55,9 @@ def decode_attention(
     depends on its own tensors and `splits` alone, by default `splits_of`: another number of batch
     mates may round it otherwise, other mates may not. dependent: start while the kernel before ends
     (compute capability 9.0 or more); early: and let the next one begin at once (`decode_row`).
+    shared: int64 [2, B], of each slot another whose cache begins with the same, and with how many
+    positions: they are read there, so that all slots of one beginning but the first read it from
+    the L2 cache.
     Raises ValueError for strides it cannot read.
     """
     B, H, d = q.shape
@@ -73,9 +77,11 @@ def decode_attention(
     shape = dict(SPLITS=splits, D=d, EARLY=early)
     more = dict(GROUP=H // kv_heads, BLOCK=BLOCK, ROWS=ROWS, **launch(4, dependent))
     strides = keys.stride()[:2]
+    holders, held = (lengths, lengths) if shared is None else shared
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _attend_part[(B, kv_heads, splits)](
-            q, keys, values, lengths, parts, best, weight, *strides, d**-0.5, **shape, **more,
+            q, keys, values, lengths, holders, held, parts, best, weight, *strides, d**-0.5,
+            **shape, **more, SHARED=shared is not None,
             num_stages=2,  # more buffers leave room for fewer programs
         )  # fmt: skip
         if splits > 1:
@@ -90,9 +96,9 @@ def launch(num_warps: int, dependent: bool) -> dict:
 
 @triton.jit
 def _attend_part(
-    q, keys, values, lengths, out, best, weight, slot_stride, head_stride, scale,
+    q, keys, values, lengths, holders, held, out, best, weight, slot_stride, head_stride, scale,
     SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of one slot's keys, for the GROUP query heads of one key-value head.
 
@@ -115,13 +121,19 @@ def _attend_part(
     at_query = q + place[:, None] * D + column[None, :]
     query = tl.load(at_query, mask=mine[:, None], other=0.0, cache_modifier=".cg")
     # 64 bits: the cache of 256 slots of 8192 positions has 2^31 elements
-    base = slot.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
+    own = slot.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
+    if SHARED:
+        other = tl.load(holders + slot) * slot_stride + head.to(tl.int64) * head_stride
+        common = tl.load(held + slot).to(tl.int32) // BLOCK * BLOCK
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, D], tl.float32)
     for at in range(start, end, BLOCK):
         position = at + tl.arange(0, BLOCK)
         inside = position < end
+        base = own
+        if SHARED:
+            base = tl.where(at < common, other, own)
         key = tl.load(
             keys + base + position[None, :] * D + column[:, None], mask=inside[None, :], other=0.0
         )

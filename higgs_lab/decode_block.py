@@ -55,11 +55,13 @@ def decode_blocks(
     cache: Sequence[tuple[Tensor, Tensor]],
     rope: tuple[Tensor, Tensor],
     position: Tensor,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Blocks and the last norm: x [B, D], which may be overwritten -> hidden [B, D].
 
     Row i is what slot i is fed at position[i]: its keys and values are written there, into caches
-    [slots, H_kv, C, d], and it sees those up to there. rope: cos and sin [C, d].
+    [slots, H_kv, C, d], and it sees those up to there. rope: cos and sin [C, d]. shared: see
+    `decode_attention`; not of a single row.
     """
     if len(x) == 1:
         return _one_row(x, layers, norm, eps, cache, rope, position)
@@ -70,7 +72,8 @@ def decode_blocks(
         for layer, after, (keys, values) in zip(layers, following, cache, strict=True):
             keys, values = keys[: len(x)], values[: len(x)]
             q = rotate(linear(h, layer.qkv), layer, eps, *rope, position, keys, values)
-            attended = decode_attention(q, keys, values, lengths, dependent=x.is_cuda).flatten(1)
+            seen = (q, keys, values, lengths)
+            attended = decode_attention(*seen, dependent=x.is_cuda, shared=shared).flatten(1)
             h = add_norm(x, linear(attended, layer.out), layer.mlp_norm, eps)
             h = add_norm(x, linear(gated(h, layer.gate_up), layer.down), after, eps)
     return h

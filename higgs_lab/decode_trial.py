@@ -35,7 +35,9 @@ def split_kv_runs(
         seen = (torch.arange(90, device=device) < lengths[:, None])[:, None, None]
         wide = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (keys, values))
         wanted = F.scaled_dot_product_attention(q[:, :, None], *wide, attn_mask=seen)[:, :, 0]
+        shared = torch.tensor([[0, 1], [0, 0]], device=device)  # nothing
         yield decode_attention(q, keys, values, lengths), wanted
+        yield decode_attention(q, keys, values, lengths, shared=shared), wanted
 
     def fits() -> bool:
         from higgs_lab import decode_attention
@@ -111,7 +113,8 @@ def trial(engine: Engine, rows: int = 3) -> float:
 
     def blocks() -> Tensor:
         x = start.clone()
-        return decode_blocks(x, layers, engine.norm, engine.eps, cache[1], rope, position)
+        shared = torch.stack([slot, slot * 0])
+        return decode_blocks(x, layers, engine.norm, engine.eps, cache[1], rope, position, shared)
 
     before = cache[1].clone()
     found = blocks()  # compiles

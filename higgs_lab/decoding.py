@@ -201,6 +201,7 @@ class Decoder:
         """Queue so many steps of the first slots."""
         slots, longest = self.slots, max(one.reached for one in busy.values())
         self._reserve(longest + steps + 1, graphs)
+        self._share(busy)
         length = longest + steps - 1
         if self.engine.split_kv:  # reads what each slot has: one recording a batch size
             length = slots.length
@@ -213,6 +214,21 @@ class Decoder:
                 slots.step_once(size, length, *flags, exact=size == 1)
         for one in busy.values():
             one.rows += steps
+
+    def _share(self, busy: dict[int, Running]) -> None:
+        """Have all slots of one reference read it where the first of them has it.
+
+        Each has a copy of its own, for the first may end before the others.
+        """
+        if not self.engine.split_kv:
+            return
+        firsts, holders, held = {}, {}, {}
+        for slot in sorted(busy):
+            request = busy[slot].request
+            first = firsts.setdefault(request.reference, slot)
+            if request.shared and first != slot:
+                holders[slot], held[slot] = first, request.shared
+        self.slots.share(holders, held)
 
     def _look(self, busy: dict[int, Running], size: int) -> Callable[[], None]:
         """Queue a look at the slots behind the steps so far.

@@ -179,17 +179,20 @@ class Engine:
         return x + F.linear(wide, layer.down)
 
     def attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, hidden: Tensor | None
-    ) -> Tensor:
+        self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, hidden: Tensor | None,
+        shared: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """One query a slot over its cache: q [B, H, d], caches [B, H_kv, C, d] -> [B, H d].
 
-        lengths: [B] positions that each slot may see, read where `split_kv`. hidden, elsewhere:
-        what is added to the scores, [B, 1, 1, C], 0 or -inf; none where all C may be seen.
+        lengths: [B] positions that each slot may see, and shared, of `decode_attention`, are read
+        where `split_kv`. hidden, elsewhere: what is added to the scores, [B, 1, 1, C], 0 or -inf;
+        none where all C may be seen.
         """
         if self.split_kv:
             from higgs_lab.decode_attention import decode_attention
 
-            return decode_attention(q.contiguous(), keys, values, lengths).flatten(1)
+            made = decode_attention(q.contiguous(), keys, values, lengths, shared=shared)
+            return made.flatten(1)
         # heads that share a key-value head are laid as queries of that head: no key is repeated
         B = len(q)
         grouped = q.reshape(B, self.kv_heads, -1, self.head_dim)

@@ -65,6 +65,8 @@ class Slots:
         self.chances = zeros(rows + 1, K, dtype=torch.float32) if log_probs else None
         self.max_rows = rows
         self.number = torch.arange(size, device=device)
+        self.shared = torch.stack([self.number, zeros()])  # of `decode_attention`
+        self._shared = [[*range(size)], [0] * size]  # the same, on the host
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
@@ -125,6 +127,14 @@ class Slots:
         index = self.engine.send(slots)
         self.active.index_fill_(0, index, False)
         self.position.index_fill_(0, index, 0)
+
+    def share(self, holders: Mapping[int, int], held: Mapping[int, int]) -> None:
+        """From now on a slot reads its first held[slot] positions where holders[slot] has them."""
+        slots = range(self.size)
+        table = [[holders.get(s, s) for s in slots], [held.get(s, 0) for s in slots]]
+        if table != self._shared:
+            self.shared.copy_(self.engine.send(table), non_blocking=True)
+            self._shared = table
 
     def to_come(self, size: int) -> Tensor:
         """[size] rows until a slot's end by EOC; -1: none in sight, 0: it is over."""
@@ -220,7 +230,8 @@ class Slots:
             from higgs_lab.decode_block import decode_blocks
 
             blocks = (engine.layers, engine.norm, engine.eps)
-            found = decode_blocks(x, *blocks, self.cache, self.rope, position)
+            given = (self.cache, self.rope, position, self.shared[:, part])
+            found = decode_blocks(x, *blocks, *given)
             return engine.logits(found, normed=True)
         lengths, hidden = position + 1, None
         if not exact and not engine.split_kv:
@@ -246,7 +257,7 @@ class Slots:
                 cos, sin, *where = given
                 q = project(x, layer, cos, sin, keys, values, *where)
             seen = (keys[part, :, :length], values[part, :, :length])
-            attended = engine.attend(q, *seen, lengths, hidden)
+            attended = engine.attend(q, *seen, lengths, hidden, self.shared[:, part])
             if compile and size == 1:
                 x = engine.finish_one(x, attended, layer)
             else:

@@ -129,6 +129,7 @@ def interpreted() -> None:
         )
         given = (range(1, 65),), (range(1, 2), 9), (range(2, 65),)
         found["spoken"] = [speech(*one, **SIZES)[0] for one in given]
+        found["spoken"].append(speech(range(1, 65), share=True, **SIZES)[0])
     found["rotated"] = max(rotated)
     print(json.dumps(found))
 
@@ -202,9 +203,10 @@ def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, said, monkey
 
 def test_speech_is_the_slow_twins(found):
     """With the blocks for all rows; from two rows on with the rotation alone, where the last
-    request is stepped with an idle slot beside it for a while; and for all rows but a single one.
+    request is stepped with an idle slot beside it for a while; for all rows but a single one; and
+    of one reference.
     """
-    assert found["spoken"] == [[True] * 3] * 3 and found["rotated"] > 1
+    assert found["spoken"] == [[True] * 3] * 4 and found["rotated"] > 1
 
 
 def test_splits_fill_a_gpu_and_no_more():

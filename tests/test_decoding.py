@@ -79,10 +79,16 @@ def test_a_slot_taken_over_by_the_next_prompt_changes_nothing(talker, slow, max_
 
 
 def masked_attend(engine: Engine):
-    """Attention that reads each slot up to its own length, as split-KV does."""
+    """Attention that reads each slot up to its own length, as split-KV does; notes who shares."""
+    engine.holders = []
 
-    def attend(q, keys, values, lengths, hidden):
+    def attend(q, keys, values, lengths, hidden, shared):
         assert hidden is None
+        for slot, (holder, count) in enumerate(shared.T.tolist()):
+            for cache in (keys, values):  # to the bit: which one is read is nobody's business
+                assert torch.equal(cache[slot, :, :count], cache[holder, :, :count])
+            if holder != slot:
+                engine.holders.append((slot, holder))
         unseen = torch.arange(keys.shape[2]) >= lengths[:, None]
         hidden = torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None, None]
         engine.split_kv = False
@@ -242,10 +248,10 @@ def record_passes(monkeypatch, replay) -> None:
     monkeypatch.setattr(prefill, "bound_of", lambda n: -(-n // 16) * 16)
 
 
-def voices(count: int) -> tuple[list, list[Sampling]]:
+def voices(count: int, frames: int = 12) -> tuple[list, list[Sampling]]:
     """`ragged` settings; prompts of two voices in turn, one with its words, and of none.
 
-    Both are 12 frames long. All tensors are each prompt's own.
+    Both are as long. All tensors are each prompt's own.
     """
     vocab, prompts = tiny_vocab(), []
     for i in range(count):
@@ -254,7 +260,7 @@ def voices(count: int) -> tuple[list, list[Sampling]]:
             prompts.append(render_prompt(vocab, text))
         else:
             said = "what was said" if i % 2 else None
-            prompts.append(render_prompt(vocab, text, random_codes(12, i % 2), said))
+            prompts.append(render_prompt(vocab, text, random_codes(frames, i % 2), said))
     return prompts, ragged(count)[1]
 
 
@@ -305,6 +311,22 @@ def test_a_reference_is_computed_once_while_its_voice_speaks(
         assert sum(passes) == every - repeated
     else:
         assert every - repeated <= sum(passes) < every
+
+
+def test_slots_of_one_voice_read_its_reference_where_the_first_has_it(
+    talker, slow_voices, monkeypatch
+):
+    """Whoever ends, moves or comes in: also when the first one has ended before the others."""
+    monkeypatch.setattr(decoding.Slots, "replay", decoding.Slots.step_once)
+    monkeypatch.setattr(decoding, "SIZES", (1, 2, 4, 8))
+    monkeypatch.setattr(decoding, "RECORD_ROWS", 0)  # slots move
+    monkeypatch.setattr(decoding, "ADMIT_STEPS", 1)
+    engine = Engine(talker)
+    engine.split_kv, engine.attend = True, masked_attend(engine)
+    with torch.no_grad():
+        made = dict(Decoder(engine).run(requests_of(*voices(12), 8), 5, graphs=True))
+    assert all(same(made[i], wanted) for i, wanted in enumerate(slow_voices))
+    assert len(engine.holders) > 50 and len(set(engine.holders)) > 3
 
 
 def test_references_are_shared_by_what_stands_in_them():

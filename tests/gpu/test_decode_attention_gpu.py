@@ -7,7 +7,7 @@ import torch
 
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate
-from tests.test_decode_attention import CASES, tensors, wanted
+from tests.test_decode_attention import CASES, shared_is_read, tensors, wanted
 from tests.test_decoding import assert_near, ragged
 from tests.tiny import tiny_talker
 
@@ -32,6 +32,11 @@ def test_a_recording_follows_the_lengths(case, dtype):
     graph.replay()
     error = (found.float() - wanted(q, keys, values, lengths)).norm()
     assert error < 0.01 * found.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_slots_share_is_read_where_one_has_it(dtype):
+    assert shared_is_read(dtype, "cuda")
 
 
 def test_a_cache_of_more_than_2_31_elements():
