@@ -22,7 +22,7 @@ from eval.acoustics import AudioFacts, audio_facts
 from eval.pace import Pace
 from eval.sets import EvalSet
 from eval.systems import Request, Spoken, System, request_seed
-from eval.work import Ledger, chunks
+from eval.work import Ledger, chunks, rank
 from higgs_lab.audio import read_audio, write_wav
 from higgs_lab.manifest import Utterance, file_stem
 from higgs_lab.text import speech_units
@@ -49,7 +49,9 @@ def speak(
 
     say = None
     with Ledger(out / "speech.jsonl") as ledger, pace:
-        batches = chunks(_speaking_order(rows, takes), system.batch)
+        jobs = _speaking_order(rows, takes)
+        each = max(1, -(-len(jobs) // rank()[1]))  # so that no process is left without work
+        batches = chunks(jobs, min(system.batch, each))
         for batch in ledger.claim(batches, "speak"):
             say = say or system.start()
             requests = [Request(by_id[id], request_seed(seed + take, id)) for id, take in batch]

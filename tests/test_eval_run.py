@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import hear, voices
+from eval import hear, stages, voices
+from eval.pace import Pace
+from eval.systems import Spoken, System
 from higgs_lab.audio import read_audio, write_wav
+from higgs_lab.manifest import Utterance
 from higgs_lab.nano.judges import random_whisper
 from tests.tiny_eval import go, stage
 
@@ -179,6 +182,22 @@ def test_two_processes_share_the_work_and_give_the_result_of_one(
     written = json.loads((out / "summary.json").read_text())
     alone = json.loads(json.dumps(finished[1]))
     assert without_times(written) == without_times(alone)
+
+
+def test_no_process_is_left_without_texts_to_speak(tmp_path, monkeypatch):
+    """Where a system takes more at once than there are. Of four processes one runs here."""
+    given = []
+
+    def say(requests):
+        given.append(len(requests))
+        return [Spoken(wav=np.zeros(2400, np.float32), sample_rate_hz=24000) for _ in requests]
+
+    rows = [Utterance(None, "One word.", f"r{n}", language="en") for n in range(10)]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    pace = Pace(None, "speak", "any", "cpu")
+    stages.speak(System("any", {}, lambda: say, batch=64), rows, tmp_path, 0, 1, pace)
+    assert given == [3, 3, 3, 1]
 
 
 def test_every_failure_is_counted(judges, test_set, tmp_path):

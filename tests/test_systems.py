@@ -8,10 +8,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from eval.systems import Request, fingerprint, open_system, request_seed
 from higgs_lab.audio import read_audio, write_wav
@@ -97,9 +99,32 @@ def test_checkpoint_speaks_the_same_alone_and_in_a_batch(nano, tmp_path):
 
 def test_a_text_that_cannot_be_spoken_fails_alone(nano):
     speak = open_system("nano", sampling={"max_frames": 3}, device="cpu").start()
-    good, bad = speak([Request(row("a"), 1), Request(row("b", "<|audio|>"), 2)])
-    assert good.error == "" and len(good.wav) > 0
-    assert "control token" in bad.error and bad.wav is None
+    made = speak([Request(row(id, "<|audio|>" if id == "c" else "Word."), 1) for id in "abcde"])
+    assert [bool(one.error) for one in made] == [False, False, True, False, False]
+    assert all(one.error or len(one.wav) > 0 for one in made)
+    assert "control token" in made[2].error and made[2].wav is None
+
+
+def test_a_gpu_is_given_more_texts_than_it_speaks_at_once(nano, monkeypatch):
+    """So that whoever ends makes room for the next; a CPU gains nothing by it."""
+    assert open_system("nano", device="cpu").batch == 16
+    assert open_system("nano", device="cpu", batch=3).batch == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = []
+
+    class Voice:
+        sample_rate_hz = 24000
+
+        def speak(self, texts, batch_size, **options):
+            asked.append((len(texts), batch_size))
+            return [(np.zeros(9, np.float32), SimpleNamespace(stop_reason="eoc")) for _ in texts]
+
+    monkeypatch.setattr("higgs_lab.load", lambda *a, **k: Voice())
+    for batch, wanted in ((None, (128, 64)), (8, (16, 8))):
+        system = open_system("nano", device="cuda", batch=batch)
+        system.start()([Request(row(str(i)), i) for i in range(system.batch)])
+        assert asked[-1] == wanted
 
 
 def test_fingerprint_tells_retrained_weights_apart(tmp_path):
