@@ -36,7 +36,6 @@ def split_kv_runs(
         wide = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (keys, values))
         wanted = F.scaled_dot_product_attention(q[:, :, None], *wide, attn_mask=seen)[:, :, 0]
         shared = torch.tensor([[0, 1], [0, 0]], device=device)  # nothing
-        yield decode_attention(q, keys, values, lengths), wanted
         yield decode_attention(q, keys, values, lengths, shared=shared), wanted
 
     def fits() -> bool:
@@ -47,25 +46,18 @@ def split_kv_runs(
     return kernels_agree(device, dtype, fits, results, "speaking is slower")
 
 
-def rows_of_blocks(engine: Engine) -> range:
-    """Numbers of rows for which `decode_blocks` takes the place of the engine's functions.
+def blocks_run(engine: Engine, *rows: int) -> bool:
+    """Whether `decode_blocks` runs here and is right for so many rows, each shown by a trial.
 
-    None but for compute capability 9.0, where a trial shows that they are right. A single row has
-    kernels of its own, and may be left out alone.
+    Never but for compute capability 9.0.
     """
     if not engine.split_kv or torch.cuda.get_device_capability(engine.device) != (9, 0):
-        return range(0)
+        return False
     from higgs_lab import decode_block
 
     feed_forward = engine.layers[0].down.shape[1]
-    sizes = (engine.norm.shape[0], feed_forward, engine.heads, engine.head_dim)
-    if not decode_block.fits(*sizes) or not _blocks_agree(engine, 3, 17, decode_block.MAX_ROWS):
-        return range(0)
-    return range(1 if _blocks_agree(engine, 1) else 2, decode_block.MAX_ROWS + 1)
-
-
-def _blocks_agree(engine: Engine, *rows: int) -> bool:
-    """Whether `decode_blocks` runs and is right for so many rows, each shown by a trial."""
+    if not decode_block.fits(len(engine.norm), feed_forward, engine.heads, engine.head_dim):
+        return False
     name = "a single row" if rows == (1,) else "few rows"
     try:
         errors = [trial(engine, number) for number in rows]

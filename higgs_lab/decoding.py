@@ -76,9 +76,9 @@ class Decoder:
         modes = tuple(sorted({r.sampling.mode for r in requests}))
         flags = (modes, any(not r.sampling.greedy for r in requests), compile)
         limit = min(slots.size, max_batch or slots.size)
-        # one slot has compiled functions of its own, which the last of many is not worth
+        # one slot has kernels and compiled functions of its own: the last of many is not worth them
         several = len(requests) > 1 and limit > 1
-        least = 2 if compile and several else 1
+        least = 2 if several and (compile or graphs) else 1
         busy: dict[int, Running] = {}
         wasted: dict[int, int] = {}
         idle = 0  # steps of slots that waited for a prompt, since the last pass over prompts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from higgs_lab.attention import Documents
-from higgs_lab.decode_trial import rows_of_blocks, split_kv_runs
+from higgs_lab.decode_trial import blocks_run, split_kv_runs
 from higgs_lab.talker import Talker
 
 
@@ -55,7 +56,6 @@ class Engine:
         self.offsets = books * self.codebook_size
         heads = (self.heads, self.kv_heads, self.head_dim)
         self.split_kv = split_kv_runs(self.device, self.dtype, *heads)
-        self.few_rows = rows_of_blocks(self)
         self.made_of = _made_of(talker)
         self._compiled: dict[str, Callable] = {}
 
@@ -78,6 +78,29 @@ class Engine:
             and set(config.layer_types) == {"full_attention"}
             and config.rope_parameters["rope_type"] == "default"
         )
+
+    @cached_property
+    def one_row(self) -> bool:
+        """Whether `decode_blocks` takes a step of a single row, which has kernels of its own.
+
+        A trial, when it is first asked: its kernels take seconds to compile.
+        """
+        return blocks_run(self, 1)
+
+    @cached_property
+    def few_rows(self) -> bool:
+        """The same of two rows up to decode_block.MAX_ROWS."""
+        return blocks_run(self, 3, 17, 64)
+
+    def by_blocks(self, rows: int) -> bool:
+        """Whether `decode_blocks` takes a step of so many rows."""
+        if rows == 1:
+            return self.one_row
+        if not self.few_rows:
+            return False
+        from higgs_lab.decode_block import MAX_ROWS
+
+        return rows <= MAX_ROWS
 
     def fits(self, talker: Talker) -> bool:
         """Whether the talker's weights still lie where they were fused, changed or not."""

@@ -226,7 +226,7 @@ class Slots:
         engine, part = self.engine, slice(0, size)
         position, number = self.position[part], self.number[part]
         x = self.fed[part]  # overwritten
-        if size in engine.few_rows:
+        if engine.by_blocks(size):
             from higgs_lab.decode_block import decode_blocks
 
             blocks = (engine.layers, engine.norm, engine.eps)

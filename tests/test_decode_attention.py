@@ -94,18 +94,24 @@ def shared_is_read(dtype=torch.float16, device="cpu") -> bool:
 
 
 def spoken() -> None:
-    print(json.dumps([*speech(), speech(share=True)[0]]))
+    print(json.dumps([*speech(limit=3), speech(share=True)[0]]))
 
 
 def speech(
-    blocks: range = range(0), record_rows: int = 0, share: bool = False, **sizes
+    blocks: tuple[bool, bool] = (False, False),
+    most: int = 64,
+    limit: int = 2,
+    record_rows: int = 0,
+    share: bool = False,
+    **sizes,
 ) -> tuple[list, list]:
     """Speech as on a GPU: idle slots, moves, growth. Which takes are the slow twin's, and of each
     recording how many slots, up to which position, and how many positions there are.
 
-    blocks: numbers of rows that are the Triton blocks'. share: of prompts with one reference, which
-    nobody may read but where the first of them has it."""
-    from higgs_lab import decode_attention, decoding
+    blocks: whether Triton's are a single row's, and those of up to `most`. limit: spoken at once.
+    share: of prompts with one reference, which nobody may read but where the first of them has it.
+    """
+    from higgs_lab import decode_attention, decode_block, decoding
     from higgs_lab.decoding import Decoder
     from higgs_lab.engine import Engine
     from higgs_lab.generate import generate_naive
@@ -115,9 +121,10 @@ def speech(
 
     decoding.LENGTHS, decoding.SIZES, decoding.STEPS = (32, 48, 96), (1, 2, 4), 4
     decoding.RECORD_ROWS = record_rows
-    decoding._fitting = lambda *_: 2  # no room to spare: the cache grows
+    decoding._fitting = lambda *_: limit  # no room to spare: the cache grows
     decode_attention.MAX_SPLITS = 2  # the interpreter is slow
     decode_attention.BLOCK = 16 if share else 64
+    decode_block.MAX_ROWS = most
     keys, read = set(), 0
 
     def replay(self, *key):
@@ -141,9 +148,9 @@ def speech(
     prompts, settings = voices(3) if share else ragged(3)
     settings = [replace(s, max_frames=1 + 2 * i) for i, s in enumerate(settings)]
     engine = Engine(talker)
-    engine.split_kv, engine.few_rows = True, blocks
+    engine.split_kv, (engine.one_row, engine.few_rows) = True, blocks
     with torch.no_grad():
-        made = dict(Decoder(engine).run(requests_of(prompts, settings, 8), 2, graphs=True))
+        made = dict(Decoder(engine).run(requests_of(prompts, settings, 8), limit, graphs=True))
     assert bool(read) == share
     twins = [generate_naive(talker, *pair) for pair in zip(prompts, settings, strict=True)]
     return [same(made[i], twin) for i, twin in enumerate(twins)], sorted(keys)

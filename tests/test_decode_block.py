@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from higgs_lab.decode_trial import rows_of_blocks, trial
+from higgs_lab.decode_trial import trial
 from higgs_lab.engine import Engine
 from tests.test_decode_attention import run, speech
 from tests.tiny import tiny_talker
@@ -127,10 +127,16 @@ def interpreted() -> None:
         patch.setattr(
             decode_block, "rotate", lambda p, *a: rotated.append(len(p[0])) or rotate(p, *a)
         )
-        given = (range(1, 65),), (range(1, 2), 9), (range(2, 65),)
-        found["spoken"] = [speech(*one, **SIZES)[0] for one in given]
-        found["spoken"].append(speech(range(1, 65), share=True, **SIZES)[0])
-    found["rotated"] = max(rotated)
+        given = [
+            dict(blocks=(True, True)),
+            dict(blocks=(True, True), share=True),
+            dict(blocks=(True, False), limit=1),
+            dict(blocks=(False, True), limit=1),
+        ]
+        found["spoken"] = [speech(**one, **SIZES)[0] for one in given]
+        rotated.clear()
+        found["spoken"].append(speech(blocks=(True, True), most=1, record_rows=9, **SIZES)[0])
+    found["rotated"] = sorted(set(rotated))
     print(json.dumps(found))
 
 
@@ -171,21 +177,24 @@ def test_a_trial_tells_right_from_wrong(found):
 
 
 @pytest.mark.parametrize(
-    ("errors", "rows", "said"),
+    ("errors", "said"),
     [
-        ({}, range(1, 65), None),
-        ({1: 0.2}, range(2, 65), "blocks of a single row are wrong here"),
-        ({1: None}, range(2, 65), "blocks of a single row do not run, .*: no room"),
-        ({64: 0.2}, range(0), "blocks of few rows are wrong here"),
-        ({17: float("nan")}, range(0), "blocks of few rows are wrong here"),
-        ({3: None}, range(0), "blocks of few rows do not run, .*: no room"),
+        ({}, None),
+        ({1: 0.2}, "blocks of a single row are wrong here"),
+        ({1: None}, "blocks of a single row do not run, .*: no room"),
+        ({64: 0.2}, "blocks of few rows are wrong here"),
+        ({17: float("nan")}, "blocks of few rows are wrong here"),
+        ({3: None}, "blocks of few rows do not run, .*: no room"),
     ],
 )
-def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, said, monkeypatch):
-    """One row has kernels of its own: they may fail without the others, not the reverse."""
+def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, said, monkeypatch):
+    """One row and several have kernels of their own: either may fail, and neither is tried before
+    it is asked for."""
     pytest.importorskip("triton")
+    tried = []
 
     def trial(engine, rows: int) -> float:
+        tried.append(rows)
         if errors.get(rows, 0.0) is None:
             raise RuntimeError("no room")
         return errors.get(rows, 0.01)
@@ -194,19 +203,22 @@ def test_blocks_that_a_trial_finds_wrong_are_not_used(errors, rows, said, monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     engine = Engine(tiny_talker(**SIZES).half())
     engine.split_kv = True
+    one, few = 1 not in errors, not set(errors) - {1}
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        assert rows_of_blocks(engine) == rows
+        assert engine.by_blocks(1) == one and tried == [1]
+        assert [engine.by_blocks(rows) for rows in (2, 64, 65)] == [few, few, False]
+        asked = list(tried)
+        assert engine.by_blocks(1) == one and tried == asked and tried.count(3) == 1
     texts = [str(one.message) for one in found]
     assert len(texts) == bool(said) and (not said or re.search(said, texts[0]))
 
 
 def test_speech_is_the_slow_twins(found):
-    """With the blocks for all rows; from two rows on with the rotation alone, where the last
-    request is stepped with an idle slot beside it for a while; for all rows but a single one; and
-    of one reference.
+    """With the blocks for all rows, of one reference, too; for a single row and where that is not
+    theirs; and with the rotation alone, of more rows than they take.
     """
-    assert found["spoken"] == [[True] * 3] * 4 and found["rotated"] > 1
+    assert found["spoken"] == [[True] * 3] * 5 and found["rotated"] == [2]
 
 
 def test_splits_fill_a_gpu_and_no_more():

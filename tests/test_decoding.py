@@ -80,7 +80,7 @@ def test_a_slot_taken_over_by_the_next_prompt_changes_nothing(talker, slow, max_
 
 def masked_attend(engine: Engine):
     """Attention that reads each slot up to its own length, as split-KV does; notes who shares."""
-    engine.holders = []
+    engine.holders, engine.one_row, engine.few_rows = [], False, False
 
     def attend(q, keys, values, lengths, hidden, shared):
         assert hidden is None

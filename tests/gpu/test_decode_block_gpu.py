@@ -108,9 +108,11 @@ def test_blocks_are_the_engines(count):
 
 
 def test_the_engine_takes_them_where_sizes_divide(recwarn):
-    assert Engine(tiny_talker(**SIZES).cuda().bfloat16()).few_rows == range(1, 65)
-    assert not Engine(tiny_talker(**SIZES).cuda()).few_rows
-    assert not Engine(tiny_talker().cuda().bfloat16()).few_rows
+    half, exact = tiny_talker(**SIZES).cuda().bfloat16(), tiny_talker(**SIZES).cuda()
+    for talker, right in ((half, True), (exact, False), (tiny_talker().cuda().bfloat16(), False)):
+        engine = Engine(talker)
+        found = [engine.by_blocks(rows) for rows in (1, 2, 64, 65)]
+        assert found == [right, right, right, False]
     assert not [w for w in recwarn if "Triton" in str(w.message)]
 
 
@@ -121,7 +123,7 @@ def test_log_probs_are_those_of_the_engines_blocks(count, monkeypatch):
     prompts, _ = ragged(count)
     setting = Sampling(temperature=0.0, max_frames=20)
     made = generate(talker, prompts, setting, log_probs=True)
-    monkeypatch.setattr("higgs_lab.engine.rows_of_blocks", lambda engine: range(0))
+    monkeypatch.setattr("higgs_lab.engine.blocks_run", lambda *_: False)
     talker.load_state_dict({k: v.clone() for k, v in talker.state_dict().items()}, assign=True)
     plain = generate(talker, prompts, setting, log_probs=True)
     assert_near(made, plain, atol=0.03)
@@ -129,7 +131,7 @@ def test_log_probs_are_those_of_the_engines_blocks(count, monkeypatch):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_more_rows_than_the_blocks_take_are_rotated_by_their_kernel(compile, monkeypatch):
-    """As 65 rows and more are where 64 are the blocks': here from two on."""
+    """As 65 rows and more are: here from two on."""
     from higgs_lab import decode_block
 
     rotate, rows = decode_block.rotate, []
@@ -137,10 +139,11 @@ def test_more_rows_than_the_blocks_take_are_rotated_by_their_kernel(compile, mon
     monkeypatch.setattr(decode_block, "rotate", spied)
     prompts, _ = ragged(5)
     setting, made = Sampling(temperature=0.0, max_frames=20), []
-    for few_rows in (range(1, 2), range(0)):
-        monkeypatch.setattr("higgs_lab.engine.rows_of_blocks", lambda engine: few_rows)  # noqa: B023
+    monkeypatch.setattr(decode_block, "MAX_ROWS", 1)
+    for few_rows in (True, False):
+        monkeypatch.setattr("higgs_lab.engine.blocks_run", lambda *_: few_rows)  # noqa: B023
         talker = tiny_talker(scale=6, **SIZES).cuda().half()
         made.append(generate(talker, prompts, setting, log_probs=True, compile=compile))
-        assert (max(rows) > 1) == bool(few_rows)
+        assert (max(rows) > 1) == few_rows
         rows[:] = [0]
     assert_near(*made, atol=0.03)
