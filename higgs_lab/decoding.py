@@ -139,22 +139,19 @@ class Decoder:
             part: list[Request] = []
             total = 0
             while waiting and len(part) < len(free):
-                total += len(waiting[0].prompt)
+                total += len(waiting[0].prompt)  # copied or not, for a pass gathers it
                 if part and total > PREFILL_POSITIONS:
                     break
                 part.append(waiting.popleft())
             taken, free = free[: len(part)], free[len(part) :]
             self._reserve(max(len(r.prompt) for r in part) + steps + 1, graphs)
             holders = {one.request.reference: slot for slot, one in busy.items()}
-            sources: dict[int, int] = {}
-            first, second = [], []  # what a pass fills, only the next one can read
+            holding = []
             for slot, request in zip(taken, part, strict=True):
                 busy[slot] = Running(request, request.rows)
-                if request.shared and holders.setdefault(request.reference, slot) != slot:
-                    sources[slot] = holders[request.reference]
-                (second if sources.get(slot) in taken else first).append(slot)
-            for slots in filter(None, (first, second)):
-                self.slots.admit(slots, [busy[s].request for s in slots], compile, sources)
+                holder = holders.setdefault(request.reference, slot)
+                holding.append(holder if request.shared else slot)
+            self.slots.admit(taken, part, compile, holding)
 
     def _reserve(self, length: int, graphs: bool) -> None:
         slots = self.slots
@@ -222,13 +219,14 @@ class Decoder:
         """
         if not self.engine.split_kv:
             return
-        firsts, holders, held = {}, {}, {}
+        firsts: dict[bytes, int] = {}
+        begins = {}
         for slot in sorted(busy):
             request = busy[slot].request
             first = firsts.setdefault(request.reference, slot)
             if request.shared and first != slot:
-                holders[slot], held[slot] = first, request.shared
-        self.slots.share(holders, held)
+                begins[slot] = first, request.shared
+        self.slots.share(begins)
 
     def _look(self, busy: dict[int, Running], size: int) -> Callable[[], None]:
         """Queue a look at the slots behind the steps so far.

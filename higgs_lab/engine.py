@@ -232,8 +232,8 @@ class Engine:
 
         mine: [3, N] where x's keys and values go, slot and position, and where x stands among the
         documents. whole: [3, S] of all positions of the documents, where x is not all there is: the
-        slot that holds their keys and values, in the end, those before x's included; the slot that
-        they are for; and the position. What follows the last block's keys and values is left out,
+        slot that has their keys and values once x's are written; the slot that they are for; and
+        the position. What follows the last block's keys and values is left out,
         for nobody reads it. compile: for any N, caches of several slots. Nothing here waits for
         the device.
         """

@@ -51,17 +51,17 @@ class Passes:
         x: Tensor,
         taken: Sequence[int],
         lengths: Sequence[int],
-        sources: Sequence[int],
+        holders: Sequence[int],
         copied: Sequence[int],
         compile: bool,
     ) -> None:
         """Fill the caches of slots `taken` from prompts packed end to end: x [N, D].
 
-        Prompt i begins with copied[i] positions that slot sources[i] holds, filled by an earlier
-        pass, and goes on with lengths[i] of x.
+        Prompt i begins with copied[i] positions that slot holders[i] has by now or from this pass,
+        and goes on with lengths[i] of x.
         """
         # numpy's, for torch's threads wait for each other over so little
-        taken, sources, lengths, copied = map(np.asarray, (taken, sources, lengths, copied))
+        taken, holders, lengths, copied = map(np.asarray, (taken, holders, lengths, copied))
         lasts = lengths + copied  # where prompts have their last position, which is left out
         ends = np.cumsum([0, *lasts])
         starts = np.repeat(ends[:-1], lengths)  # of each one's prompt
@@ -72,7 +72,7 @@ class Passes:
             place = np.arange(ends[-1]) - np.repeat(ends[:-1], lasts)
             is_copied = place < np.repeat(copied, lasts)
             whole = np.stack(
-                [np.where(is_copied, np.repeat(sources, lasts), target), target, place]
+                [np.where(is_copied, np.repeat(holders, lasts), target), target, place]
             )
         room = next((n for n in PASSES if n >= len(x)), None)
         span = room if whole is None else next((n for n in WHOLES if n > ends[-1]), None)

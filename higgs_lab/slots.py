@@ -65,8 +65,8 @@ class Slots:
         self.chances = zeros(rows + 1, K, dtype=torch.float32) if log_probs else None
         self.max_rows = rows
         self.number = torch.arange(size, device=device)
-        self.shared = torch.stack([self.number, zeros()])  # of `decode_attention`
-        self._shared = [[*range(size)], [0] * size]  # the same, on the host
+        self.begins = torch.stack([self.number, zeros()])  # `shared` of `decode_attention`
+        self._begins = [(slot, 0) for slot in range(size)]  # the same, on the host
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.rope = engine.rope(1)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
@@ -128,13 +128,12 @@ class Slots:
         self.active.index_fill_(0, index, False)
         self.position.index_fill_(0, index, 0)
 
-    def share(self, holders: Mapping[int, int], held: Mapping[int, int]) -> None:
-        """From now on a slot reads its first held[slot] positions where holders[slot] has them."""
-        slots = range(self.size)
-        table = [[holders.get(s, s) for s in slots], [held.get(s, 0) for s in slots]]
-        if table != self._shared:
-            self.shared.copy_(self.engine.send(table), non_blocking=True)
-            self._shared = table
+    def share(self, begins: Mapping[int, tuple[int, int]]) -> None:
+        """From now on, by slot: from which one its first positions are read, and how many."""
+        rows = [begins.get(slot, (slot, 0)) for slot in range(self.size)]
+        if rows != self._begins:
+            self.begins.copy_(self.engine.send(rows).T)
+            self._begins = rows
 
     def to_come(self, size: int) -> Tensor:
         """[size] rows until a slot's end by EOC; -1: none in sight, 0: it is over."""
@@ -145,18 +144,19 @@ class Slots:
         slots: list[int],
         requests: list[Request],
         compile: bool = False,
-        sources: Mapping[int, int] | None = None,
+        holders: list[int] | None = None,
     ) -> None:
         """Put requests into free slots: their prompts into the cache, their settings beside it.
 
-        sources: by slot, another that holds the same reference, admitted before. It queues work
-        and waits for none, so that the device steps on while the host is here.
+        holders: of each, a slot in use or of these that holds the same reference; none, or its own:
+        it is computed. It queues work and waits for none, so that the device steps on while the
+        host is here.
         """
         engine, prompts = self.engine, [r.prompt for r in requests]
-        sources = [(sources or {}).get(slot, slot) for slot in slots]
+        holders = holders or slots
         copied = [
-            0 if source == slot else r.shared
-            for slot, source, r in zip(slots, sources, requests, strict=True)
+            0 if holder == slot else r.shared
+            for slot, holder, r in zip(slots, holders, requests, strict=True)
         ]
         # all but the last positions end to end, then the last ones, which go through the step
         parts = [(p, slice(n, -1)) for p, n in zip(prompts, copied, strict=True)]
@@ -170,7 +170,7 @@ class Slots:
         body, last = x.split([sum(lengths), len(prompts)])
         self._write(engine.send(slots), requests, last)
         if len(body):
-            self.passes.fill(self, body, slots, lengths, sources, copied, compile)
+            self.passes.fill(self, body, slots, lengths, holders, copied, compile)
 
     def _write(self, index: Tensor, requests: list[Request], fed: Tensor) -> None:
         engine, state, settings = self.engine, self.state, [r.sampling for r in requests]
@@ -230,7 +230,7 @@ class Slots:
             from higgs_lab.decode_block import decode_blocks
 
             blocks = (engine.layers, engine.norm, engine.eps)
-            given = (self.cache, self.rope, position, self.shared[:, part])
+            given = (self.cache, self.rope, position, self.begins[:, part])
             found = decode_blocks(x, *blocks, *given)
             return engine.logits(found, normed=True)
         lengths, hidden = position + 1, None
@@ -257,7 +257,7 @@ class Slots:
                 cos, sin, *where = given
                 q = project(x, layer, cos, sin, keys, values, *where)
             seen = (keys[part, :, :length], values[part, :, :length])
-            attended = engine.attend(q, *seen, lengths, hidden, self.shared[:, part])
+            attended = engine.attend(q, *seen, lengths, hidden, self.begins[:, part])
             if compile and size == 1:
                 x = engine.finish_one(x, attended, layer)
             else:
@@ -352,7 +352,7 @@ def reference_of(prompt: Prompt) -> tuple[int, bytes]:
     if not len(audio):
         return 0, b""
     count = int(audio[-1]) + 1
-    held = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in (prompt.is_audio, prompt.ids.masked_fill(prompt.is_audio, 0), prompt.rows):
-        held.update(part[:count].cpu().numpy().tobytes())
-    return count, held.digest()
+        digest.update(part[:count].numpy().tobytes())
+    return count, digest.digest()

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> Bench:
         for option in [False, True] if compiled else [False]:
             name = f"ours, {n} rows" + ("" if option or not compiled else ", not compiled")
             bench.row(name, partial(many, bench, talker, n, option))
-        for voices, name in [(None, "a voice each"), (1, "one voice")]:
-            row = partial(many, bench, talker, n, compiled, voices or 2 * n)
+        for voices, name in [(2 * n, "a voice each"), (1, "one voice")]:
+            row = partial(many, bench, talker, n, compiled, voices)
             bench.row(f"ours, {n} rows of {name}", row)
     codec = cache(partial(make_codec, bench))
     for n in batches:

@@ -132,7 +132,7 @@ def speech(
         keys.add((*key[:2], self.length))
         own = [
             t[slot, :, : count // 16 * 16]
-            for slot, (holder, count) in enumerate(self.shared.T.tolist())
+            for slot, (holder, count) in enumerate(self.begins.T.tolist())
             for t in (t for pair in self.cache for t in pair)
             if holder != slot and share
         ]

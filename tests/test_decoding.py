@@ -15,9 +15,9 @@ from higgs_lab.adapter import attach_lora
 from higgs_lab.decoding import Decoder
 from higgs_lab.engine import Engine
 from higgs_lab.generate import Sampling, generate, generate_each, generate_naive
-from higgs_lab.prompt import render_prompt
+from higgs_lab.prompt import Prompt, render_prompt
 from higgs_lab.sampling import RampState, SamplingTensors, next_row
-from higgs_lab.slots import reference_of, requests_of
+from higgs_lab.slots import Slots, reference_of, requests_of
 from higgs_lab.vocab import EOC
 from tests.tiny import random_codes, run_one, three_prompts, tiny_talker, tiny_vocab
 
@@ -329,6 +329,63 @@ def test_slots_of_one_voice_read_its_reference_where_the_first_has_it(
     assert len(engine.holders) > 50 and len(set(engine.holders)) > 3
 
 
+def cut(prompt: Prompt, length: int) -> Prompt:
+    return Prompt(prompt.ids[:length], prompt.is_audio[:length], prompt.rows[:length])
+
+
+def test_prompts_that_end_with_their_reference_or_soon_behind_it(talker):
+    """Of two equal ones the second copies all but what a pass and the step must have. It comes in
+    alone, for one of another voice."""
+    whole, other = (render_prompt(tiny_vocab(), "text", random_codes(12, i)) for i in range(2))
+    behind = int(whole.is_audio.nonzero()[-1]) + 1
+    for length in (behind, behind + 1, behind + 2):
+        prompts = [cut(whole, length), other, cut(whole, length)]
+        settings = [replace(GREEDY, max_frames=n) for n in (9, 3, 2)]
+        made = generate(talker, prompts, settings, max_batch=2)
+        assert all(same(one, generate_naive(talker, whole_, s)) for one, whole_, s in
+                   zip(made, prompts, settings, strict=True))  # fmt: skip
+
+
+def test_what_fills_a_copying_pass_up_stands_behind_all_of_it(talker, monkeypatch):
+    """Texts longer than the reference, first in a pass; and prompts that fill a length just so."""
+    spans, ends = [], []
+
+    def replay(self, slots, room, span, longest, copies, compile):
+        spans.append(span)
+        self._pass(slots, room, span, longest, copies, compile)
+
+    def prefill_(self, x, mine, whole, documents, *more):
+        lengths = documents.cu_seqlens.diff()
+        assert documents.max_seqlen >= lengths.max()
+        ends.append(int(lengths.sum()))
+        run(self, x, mine, whole, documents, *more)
+
+    vocab, run = tiny_vocab(), Engine.prefill
+    prompts = [render_prompt(vocab, "word " * n, random_codes(2, 0)) for n in (5, 4, 5, 4)]
+    settings = [replace(GREEDY, max_frames=n) for n in (19, 5, 4, 3)]  # the others come in alone
+    record_passes(monkeypatch, replay)
+    monkeypatch.setattr(Engine, "prefill", prefill_)
+    exact = sum(len(p) - 1 for p in prompts[:2])
+    monkeypatch.setattr(prefill, "WHOLES", (exact, 128))
+    for records in (True, False):
+        decoder, requests = Decoder(Engine(talker)), requests_of(prompts, settings, 8)
+        with torch.no_grad():
+            decoder._slots(requests, 2, 4, False, True).passes.records = records
+            made = dict(decoder.run(requests, 2, graphs=None))
+        for i, prompt in enumerate(prompts):
+            assert same(made[i], generate_naive(talker, prompt, settings[i])), (records, i)
+    assert spans[0] == 128 and exact in ends
+
+
+def test_recordings_of_passes_end_with_the_cache_that_they_write_to(talker):
+    slots = Slots(Engine(talker), 2, 32, 8, False)
+    slots.passes.recorded["any"] = slots.graphs["any"] = None
+    slots.grow(32)
+    assert slots.passes.recorded and slots.graphs
+    slots.grow(48)
+    assert not slots.passes.recorded and not slots.graphs
+
+
 def test_references_are_shared_by_what_stands_in_them():
     """Not by their length, and whoever holds the tensors; without one there is nothing to share."""
     vocab, codes = tiny_vocab(), random_codes(5, 0)
@@ -337,15 +394,16 @@ def test_references_are_shared_by_what_stands_in_them():
         render_prompt(vocab, "another text", codes.clone()),
         render_prompt(vocab, "one", random_codes(5, 1)),
         render_prompt(vocab, "one", codes, "said"),
+        render_prompt(vocab, "one", codes, "sent"),
         render_prompt(vocab, "one"),
     ]
     prompts[1].ids = prompts[1].ids.masked_fill(prompts[1].is_audio, 7)  # which nobody reads
-    (a, b, c, d, none) = map(reference_of, prompts)
-    assert a == b and len({a, c, d}) == 3 and none == (0, b"")
-    assert a[0] == 2 + 5 + 7 and d[0] > a[0]
+    a, b, c, d, e, none = map(reference_of, prompts)
+    assert a == b and len({a, c, d, e}) == 4 and none == (0, b"")
+    assert a[0] == 2 + 5 + 7 and a[0] < d[0] == e[0]
 
 
-def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypatch):
+def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, slow_voices, monkeypatch):
     """What torch.compile makes of the functions, without a C++ compiler."""
     from torch._dynamo.utils import counters
 
@@ -370,6 +428,9 @@ def test_one_trace_serves_all_blocks_prompts_and_batches(talker, slow, monkeypat
     assert many == 4
     speak(decoder, [1, 7, 2, 4, 8], 3)
     speak(decoder, [7, 0, 5], 2)
+    with torch.no_grad():  # and passes that copy
+        made = dict(decoder.run(requests_of(*voices(12), 8), 4, compile=True))
+    assert all(same(made[i], wanted) for i, wanted in enumerate(slow_voices))
     assert counters["stats"]["unique_graphs"] == many
     speak(Decoder(decoder.engine), [3], 1)
     assert counters["stats"]["unique_graphs"] == many + 4  # the rest of a block in two

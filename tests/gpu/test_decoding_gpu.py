@@ -56,7 +56,7 @@ def test_prompts_are_let_in_and_results_taken_without_waiting_for_the_gpu(compil
             torch.cuda.set_sync_debug_mode(mode)
             with torch.no_grad():
                 slots.admit([0, 2], requests[:2], compile)
-                slots.admit([3], requests[2:], compile, {3: 0})
+                slots.admit([3], requests[2:], compile, [0])
                 slots.move([3], [1])
                 busy = {
                     slot: Running(request, 5)
