@@ -261,7 +261,8 @@ def parser() -> argparse.ArgumentParser:
     add("--mined-with", help="encoder that chose the references; refused if it is --speaker")
     add("--normalizer", choices=NORMALIZERS, help="default: the public set's protocol, or fair")
     add("--sampling", nargs="*", default=[], metavar="KEY=VALUE", help="such as temperature=0.7")
-    add("--batch", type=int, help="clips spoken at once; requests in flight for a server")
+    add("--batch", type=int,
+        help="clips spoken at once (64 on a GPU, else 16); requests to a server (4)")  # fmt: skip
     add("--dialect", default="vllm", choices=("vllm", "sglang"), help="of a server")
     add("--device", help="cuda, cuda:1, cpu, auto (default: cuda if there is one)")
     add("--floor", help="output folder of a --model human run of the same set")

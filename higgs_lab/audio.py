@@ -143,7 +143,7 @@ def _open(path: str | AudioSource) -> Iterator:
     path = Path(path) if isinstance(path, str) else path
     if isinstance(path, Path) and not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"audio file {path} {what}: check the path in the manifest")
+        raise FileNotFoundError(f"audio file {path} {what}: check the path")
     with path.open("rb") as raw:
         try:
             if isinstance(path, Path):  # libsndfile reads by itself

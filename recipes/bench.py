@@ -32,10 +32,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", choices=("nano", "4b"), help="default: 4b on a GPU, else nano")
     parser.add_argument(
-        "--seconds", type=float, default=540, help="after so many no row is begun any more"
+        "--seconds",
+        type=float,
+        default=540,
+        help="after so many no row is begun any more (default: %(default)s)",
     )
     parser.add_argument(
-        "--row-sec", type=float, default=6, help="measure each row at least so long"
+        "--row-sec",
+        type=float,
+        default=6,
+        help="measure each row at least so long (default: %(default)s)",
     )
     parser.add_argument("--only", default="", help="rows whose name holds one of these, by commas")
     parser.add_argument("--profile", action="store_true", help="print the kernels of each row")

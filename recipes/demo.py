@@ -23,7 +23,7 @@ from pathlib import Path
 from higgs_lab.audio import audio_info, write_wav
 from higgs_lab.config import one_line_errors
 from higgs_lab.corpora import open_data
-from higgs_lab.manifest import Utterance, write_manifest
+from higgs_lab.manifest import Utterance, file_stem, write_manifest
 from higgs_lab.prepared import text_key
 from higgs_lab.runlog import duration
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("demo"), help="folder for everything made")
     add("--data", help="your recordings: manifest, LJSpeech folder, wav+txt folder or CSV")
+    add("--language", help="of recordings that name none, such as en")
     add("--clips", type=int, default=MOST_TRAIN, help="at most so many of them to learn from")
     add("--model", default="nano", help="base: nano, a folder or org/name@revision")
     add("--asr", default="nano", help="Whisper name or checkpoint")
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if args.data:
             with one_line_errors("demo"):
-                take_recordings(args.data, train, test, args.tests, args.clips)
+                take_recordings(args.data, train, test, args.tests, args.clips, args.language)
         else:
             make_recordings(out / "recordings", train, test, args.tests)
         note.write_text(made_of, encoding="utf-8")
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     if deaf:
         print(
             "note: the nano recogniser knows the sentences it was made for and little else, so on "
-            "your recordings its word errors say next to nothing, a human's included; a Whisper "
-            "hears them: --asr base (make demo DATA=... OPTIONS='--asr base')"
+            "your recordings its word errors say next to nothing, a human's included; a Whisper, "
+            "which is downloaded, hears them: --asr base (make demo DATA=... OPTIONS='--asr base')"
         )
 
     def tool(name: str, *options: str) -> None:
@@ -84,7 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     hello = "text=Hello from my new voice."
     tool("recipes.synthesize", model, f"adapter={adapter}", hello, f"out={out / 'hello'}")
     judges = ["--asr", args.asr, "--speaker", args.speaker, "--set", str(test)]
-    folders = {name: str(out / "eval" / name) for name in ("human", "before", "after", "alone")}
+    # a folder for each choice of judges, so that data and adapter serve the next one, too
+    evals = out / "-".join(
+        ["eval", *(file_stem(j) for j in (args.asr, args.speaker) if j != "nano")]
+    )
+    folders = {name: str(evals / name) for name in ("human", "before", "after", "alone")}
     tool("eval.run", "--model", "human", *judges, "--out", folders["human"])
     floor = [*judges, "--floor", folders["human"], "--sampling", f"temperature={args.temperature}"]
     tool("eval.run", "--model", args.model, *floor, "--out", folders["before"])
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     tool("eval.run", *after)
     tool("eval.run", *after[:-1], folders["alone"], "--refs", "none")
     compared = [folders[name] for name in ("before", "after", "alone", "human")]
-    page, differences = out / "eval" / "before_after.html", out / "eval" / "before_after.json"
+    page, differences = evals / "before_after.html", evals / "before_after.json"
     tool("eval.compare", *compared, "--out", str(page), "--json", str(differences))
     export = str(out / "export")
     tool("serve.export", "--model", args.model, "--adapter", str(adapter), "--out", export)
@@ -130,12 +135,16 @@ def achieved(differences: Path, summary: Path, deaf: bool = False) -> str:
         }.get(verdict, f"It is not shown that fine-tuning made the voice nearer ({verdict})")
         line += f": similarity {_change(metrics, 'sim_target', '{:.2f}')}"
     if deaf:
-        line += ", words not judged (--asr base)"
+        line += ", words not judged (the same command with --asr base judges them)"
     elif error is not None:
         unit = json.loads(summary.read_text(encoding="utf-8"))["overall"]["unit"]
         name = {"word": "WER", "char": "CER"}.get(unit, "errors")
-        said = {"B is better": "better", "B is worse": "worse"}
-        verdict = said.get(error["overall"]["verdict"], error["overall"]["verdict"])
+        verdict = error["overall"]["verdict"]
+        verdict = {
+            "B is better": "better",
+            "B is worse": "worse",
+            "too few texts": "too few texts to tell",
+        }.get(verdict, verdict)
         line += f", {name} {_change(metrics, 'error', '{:.1f} %', 100)}: {verdict}"
     return line
 
@@ -197,10 +206,26 @@ def make_recordings(folder: Path, train: Path, test: Path, num_test: int) -> Non
     print(f"{NUM_TRAIN} clips to learn from and {num_test} to test on in {folder}")
 
 
-def take_recordings(source: str, train: Path, test: Path, num_test: int, clips: int) -> None:
+def take_recordings(
+    source: str, train: Path, test: Path, num_test: int, clips: int, language: str | None = None
+) -> None:
     """Split the user's recordings: some last texts of each speaker are the test, and another clip
-    of the speaker is the reference."""
+    of the speaker is the reference.
+
+    language: of those that name none. Those that name no speaker are taken for one voice.
+    """
     rows = open_data(source)
+    if unknown := sum(not (row.language or language) for row in rows):
+        raise ValueError(
+            f"{unknown} of {len(rows)} clips of {source} name no language: write it into the data, "
+            "or give --language (make demo DATA=... OPTIONS='--language en')"
+        )
+    if alone := sum(row.speaker is None for row in rows):
+        print(f"{alone} of {len(rows)} clips name no speaker: they are taken for one voice")
+    rows = [
+        replace(row, language=row.language or language, speaker=row.speaker or "voice")
+        for row in rows
+    ]
     texts = {text_key(row.text) for row in rows}
     if len(texts) < 4:
         raise ValueError(f"{source} has {len(texts)} different texts; at least 4 are needed")
