@@ -15,7 +15,7 @@ NANO ?= runs/nano
 NANO_OPTIONS = --out $(NANO) $(if $(DATA),--data $(DATA))
 ENGINES := vllm-omni==0.30.0 sglang-omni==0.1.9
 # What leans most on torch and the libraries around it, in minutes.
-OLDEST := decoding fused generate talker attention codec_fast codec_batches adapter speaker
+OLDEST := decoding prefill fused generate talker attention codec_fast codec_batches adapter speaker
 # Of these a new Python has no wheel as old as pyproject.toml allows: then the oldest there is.
 WHEELS := numpy scipy matplotlib opencc
 
