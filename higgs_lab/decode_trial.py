@@ -50,10 +50,10 @@ def split_kv_runs(
     return kernels_agree(device, dtype, fits, results, "speaking is slower")
 
 
-def blocks_run(engine: Engine, *rows: int) -> bool:
-    """Whether `decode_blocks` runs here and is right for so many rows, each shown by a trial.
+def blocks_run(engine: Engine, single: bool) -> bool:
+    """Whether `decode_blocks` runs here and is right, of a single row or of two and more.
 
-    Never but for compute capability 9.0.
+    Shown by trials, and never but for compute capability 9.0.
     """
     if not engine.split_kv or torch.cuda.get_device_capability(engine.device) != (9, 0):
         return False
@@ -62,9 +62,10 @@ def blocks_run(engine: Engine, *rows: int) -> bool:
     feed_forward = engine.layers[0].down.shape[1]
     if not decode_block.fits(len(engine.norm), feed_forward, engine.heads, engine.head_dim):
         return False
-    name = "a single row" if rows == (1,) else "few rows"
+    name = "a single row" if single else "few rows"
     try:
-        errors = [trial(engine, number) for number in rows]
+        each = (1,) if single else (3, 17, decode_block.MAX_ROWS)
+        errors = [trial(engine, rows) for rows in each]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton's own share no class; old drivers record no such launch

@@ -85,12 +85,12 @@ class Engine:
 
         A trial, when it is first asked: its kernels take seconds to compile.
         """
-        return blocks_run(self, 1)
+        return blocks_run(self, single=True)
 
     @cached_property
     def few_rows(self) -> bool:
         """The same of two rows up to decode_block.MAX_ROWS."""
-        return blocks_run(self, 3, 17, 64)
+        return blocks_run(self, single=False)
 
     def by_blocks(self, rows: int) -> bool:
         """Whether `decode_blocks` takes a step of so many rows."""
@@ -233,9 +233,8 @@ class Engine:
         mine: [3, N] where x's keys and values go, slot and position, and where x stands among the
         documents. whole: [3, S] of all positions of the documents, where x is not all there is: the
         slot that has their keys and values once x's are written; the slot that they are for; and
-        the position. What follows the last block's keys and values is left out,
-        for nobody reads it. compile: for any N, caches of several slots. Nothing here waits for
-        the device.
+        the position. What follows the last block's keys and values is left out, for nobody reads
+        it. compile: for any N, caches of several slots. Nothing here waits for the device.
         """
         slot, position, at = mine
         cos, sin = rope[0][position, None], rope[1][position, None]

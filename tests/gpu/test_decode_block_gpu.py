@@ -123,7 +123,7 @@ def test_log_probs_are_those_of_the_engines_blocks(count, monkeypatch):
     prompts, _ = ragged(count)
     setting = Sampling(temperature=0.0, max_frames=20)
     made = generate(talker, prompts, setting, log_probs=True)
-    monkeypatch.setattr("higgs_lab.engine.blocks_run", lambda *_: False)
+    monkeypatch.setattr("higgs_lab.engine.blocks_run", lambda *_, **__: False)
     talker.load_state_dict({k: v.clone() for k, v in talker.state_dict().items()}, assign=True)
     plain = generate(talker, prompts, setting, log_probs=True)
     assert_near(made, plain, atol=0.03)
@@ -141,7 +141,7 @@ def test_more_rows_than_the_blocks_take_are_rotated_by_their_kernel(compile, mon
     setting, made = Sampling(temperature=0.0, max_frames=20), []
     monkeypatch.setattr(decode_block, "MAX_ROWS", 1)
     for few_rows in (True, False):
-        monkeypatch.setattr("higgs_lab.engine.blocks_run", lambda *_: few_rows)  # noqa: B023
+        monkeypatch.setattr("higgs_lab.engine.blocks_run", lambda *_, **__: few_rows)  # noqa: B023
         talker = tiny_talker(scale=6, **SIZES).cuda().half()
         made.append(generate(talker, prompts, setting, log_probs=True, compile=compile))
         assert (max(rows) > 1) == few_rows
